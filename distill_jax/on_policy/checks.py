@@ -1,9 +1,10 @@
 """Checks of the student and its teachers before the first round.
 
 Each check is of a failure that others have reported: training continues and its loss falls, but
-the texts grow without end, or the teacher scores something else than the student wrote. Nothing is
-loaded or compiled. The checks read the files of the tokenizers, the configs of the models and the
-first COMPARED prompts; comparing two vocabularies of 150,000 tokens takes some seconds.
+the texts grow without end, or the teacher scores something other than what the student wrote.
+Nothing is loaded or compiled. The checks read the files of the tokenizers, the configs of the
+models and the first COMPARED prompts; comparing two vocabularies of 150,000 tokens takes some
+seconds.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ AROUND = 24  # characters shown before and after a difference of two texts
 WITH_TOP_TOKENS = ("dense", "topk")  # kinds of scores with the most probable tokens of the teacher
 
 
-class Side(NamedTuple):
-  """The student's side of the comparisons.
+class Texts(NamedTuple):
+  """The student's texts, as the teachers are to read them.
 
   Attributes:
-    job: The job that samples its texts.
-    tokenizer: The tokenizer of the texts.
+    job: The job that samples them.
+    tokenizer: Their tokenizer.
     ends: The ids that end a text.
     prompts: The first prompts: (number, text or messages).
   """
@@ -76,12 +77,12 @@ def check(config: Config, student: ModelSource, teachers: Mapping[str, ModelSour
   check_vocabulary(tokenizer.vocab_size, student.text_config.vocab_size, tokenizer.where)
   first = itertools.islice(Prompts(job).read(), COMPARED)
   prompts = [(p.number, model_input(job, p.content)) for p in first if not p.rejected]
-  side = Side(job, tokenizer, local.end_tokens(job, tokenizer), prompts)
-  notes = _sampling_notes(side)
-  if side.chats:
-    _check_turn_end(corpus.template_of(config.data, _own(config, student)), side)
+  texts = Texts(job, tokenizer, local.end_tokens(job, tokenizer), prompts)
+  notes = _sampling_notes(texts)
+  if texts.chats:
+    _check_turn_end(corpus.template_of(config.data, _tokenizer_checkpoint(config, student)), texts)
   for name, teacher in teachers.items():
-    notes += _check_teacher(config, side, student, name, teacher)
+    notes += _check_teacher(config, texts, student, name, teacher)
     if not config.train.online:
       notes += earlier_teacher(student, teacher)
   return notes
@@ -131,14 +132,14 @@ def _check_options(config: Config) -> None:
     raise bad_value("generate.samples", generate.samples, expected, "Set it to 1")
 
 
-def _own(config: Config, model: ModelSource) -> Pretrained | None:
+def _tokenizer_checkpoint(config: Config, model: ModelSource) -> Pretrained | None:
   """Returns the checkpoint whose tokenizer and template are used; None for data.tokenizer."""
   return None if config.data.tokenizer else model.pretrained
 
 
-def _sampling_notes(side: Side) -> list[str]:
+def _sampling_notes(texts: Texts) -> list[str]:
   """Returns sentences about sampling that is not from the student's whole distribution."""
-  notes, sampling = [], side.job.sampling
+  notes, sampling = [], texts.job.sampling
   plain = dataclasses.asdict(type(sampling)())
   changed = {k: v for k, v in dataclasses.asdict(sampling).items() if v != plain[k]}
   if changed:
@@ -147,67 +148,67 @@ def _sampling_notes(side: Side) -> list[str]:
       f"Texts are sampled with {named}, and the losses are of temperature 1 without truncation: "
       "their mean over such texts is not the divergence of the student's own texts."
     )
-  if not side.ends and not side.job.stop:
+  if not texts.ends and not texts.job.stop:
     notes.append(
-      f"{side.tokenizer.where} has no token that ends a text, so that every text has "
-      f"{side.job.max_new_tokens} tokens (generate.max_new_tokens)."
+      f"{texts.tokenizer.where} has no token that ends a text, so that every text has "
+      f"{texts.job.max_new_tokens} tokens (generate.max_new_tokens)."
     )
   return notes
 
 
-def _check_turn_end(template: ChatTemplate, side: Side) -> None:
+def _check_turn_end(template: ChatTemplate, texts: Texts) -> None:
   """Checks that a text ends where the template ends the assistant's turn.
 
   Raises:
     InputError: It does not.
   """
   try:
-    end = find_markers(template, side.tokenizer).end_id
+    end = find_markers(template, texts.tokenizer).end_id
   except InputError:  # a template without a regular form has no known end
     return
-  if not _ends_at(side, side.tokenizer, end):
-    raise _unended(f"{template.where} ends", side, side.tokenizer, [end])
+  if not _ends_at(texts, texts.tokenizer, end):
+    raise _unended(f"{template.where} ends", texts, texts.tokenizer, [end])
 
 
 def _check_teacher(
-  config: Config, side: Side, student: ModelSource, name: str, teacher: ModelSource
+  config: Config, texts: Texts, student: ModelSource, name: str, teacher: ModelSource
 ) -> list[str]:
   """Checks one teacher; returns sentences to print."""
   is_here = not config.generate.server.urls or config.train.online
   if teacher.tokenizer is None:
     if is_here:  # the files do not name tokens
-      check_vocabulary(side.tokenizer.vocab_size, teacher.text_config.vocab_size, _of(side, name))
+      check_vocabulary(texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _of(texts, name))
     return []
   files = teacher.tokenizer
   theirs = corpus.of_files(files, teacher.name)
-  different, unknown = compare_tokens(side.tokenizer, theirs)
+  different, unknown = compare_tokens(texts.tokenizer, theirs)
   if different:
-    return _other_tokenizer(config, side, name, theirs, different[0])
-  check_vocabulary(side.tokenizer.vocab_size, teacher.text_config.vocab_size, _of(side, name))
+    return _other_tokenizer(config, texts, name, theirs, different[0])
+  check_vocabulary(texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _of(texts, name))
   notes = []
   if unknown:
     notes.append(
       f"The teacher {name!r} lacks {len(unknown)} of the student's tokens, e.g. id {unknown[0]} "
-      f"({side.tokenizer.piece(unknown[0])!r}). Its scores of texts with them have no meaning."
+      f"({texts.tokenizer.piece(unknown[0])!r}). Its scores of texts with them have no meaning."
     )
   ends = stop_set(theirs, teacher.generation, files.config)
-  if lost := sorted(i for i in ends if not _ends_at(side, theirs, i)):
-    raise _unended(f"The teacher {name!r} ends", side, theirs, lost)
-  if side.chats:
+  if lost := sorted(i for i in ends if not _ends_at(texts, theirs, i)):
+    raise _unended(f"The teacher {name!r} ends", texts, theirs, lost)
+  if texts.chats:
     if not files.chat_template:
       return [*notes, f"The teacher {name!r} has no chat template, but the prompts are chats."]
-    ours = corpus.template_of(config.data, _own(config, student))
-    check_templates(side.chats, ours, ChatTemplate.of(files, teacher.name), name)
-  if len(side.chats) < len(side.prompts) and side.tokenizer.begin != theirs.begin:
+    ours = corpus.template_of(config.data, _tokenizer_checkpoint(config, student))
+    check_templates(texts.chats, ours, ChatTemplate.of(files, teacher.name), name)
+  if len(texts.chats) < len(texts.prompts) and texts.tokenizer.begin != theirs.begin:
     raise InputError(
       f"The tokenizer of the teacher {name!r} begins a text with the tokens {theirs.begin}, that "
-      f"of the student with {side.tokenizer.begin}. Set data.tokenizer to the teacher's folder."
+      f"of the student with {texts.tokenizer.begin}. Set data.tokenizer to the teacher's folder."
     )
   return notes
 
 
-def _of(side: Side, name: str) -> str:
-  return f"{side.tokenizer.where}, whose tokens the teacher {name!r} reads,"
+def _of(texts: Texts, name: str) -> str:
+  return f"{texts.tokenizer.where}, whose tokens the teacher {name!r} reads,"
 
 
 def compare_tokens(ours: Tokenizer, theirs: Tokenizer) -> tuple[list[int], list[int]]:
@@ -224,7 +225,9 @@ def compare_tokens(ours: Tokenizer, theirs: Tokenizer) -> tuple[list[int], list[
   return different, [i for i, x, y in pairs if x and not y]
 
 
-def _other_tokenizer(config: Config, side: Side, name: str, theirs: Tokenizer, i: int) -> list[str]:
+def _other_tokenizer(
+  config: Config, texts: Texts, name: str, theirs: Tokenizer, i: int
+) -> list[str]:
   """Returns sentences about a teacher with other tokens, whose distributions are projected.
 
   Raises:
@@ -232,7 +235,7 @@ def _other_tokenizer(config: Config, side: Side, name: str, theirs: Tokenizer, i
   """
   difference = (
     f"The teacher {name!r} has other tokens than the student: id {i} is "
-    f"{side.tokenizer.piece(i)!r} in {side.tokenizer.where} and {theirs.piece(i)!r} in "
+    f"{texts.tokenizer.piece(i)!r} in {texts.tokenizer.where} and {theirs.piece(i)!r} in "
     f"{theirs.where}"
   )
   if config.generate.server.urls:
@@ -244,26 +247,26 @@ def _other_tokenizer(config: Config, side: Side, name: str, theirs: Tokenizer, i
   for loss, fn in config.losses.items():
     if getattr(fn, "divergence", "") == "reverse_kl":
       notes.append(
-        f"losses.{loss} is of most effect on tokens of the student that no token of the teacher "
-        f"{name!r} leads to, whose probability is 1e-38. The divergences forward_kl and "
-        "jensen_shannon, and the losses policy_gradient and log_ratio, are not."
+        f"losses.{loss} has most of its effect on the student's tokens that no token of the "
+        f"teacher {name!r} is projected to, whose probability is 1e-38. Use the divergence "
+        "forward_kl or jensen_shannon, or the loss policy_gradient or log_ratio, to avoid this."
       )
   return notes
 
 
-def _ends_at(side: Side, tokenizer: Tokenizer, i: int) -> bool:
+def _ends_at(texts: Texts, tokenizer: Tokenizer, i: int) -> bool:
   """Returns whether a text of the student ends at a token."""
-  return i in side.ends or any(s in tokenizer.decode([i]) for s in side.job.stop)
+  return i in texts.ends or any(s in tokenizer.decode([i]) for s in texts.job.stop)
 
 
-def _unended(subject: str, side: Side, tokenizer: Tokenizer, ids: Collection[int]) -> InputError:
+def _unended(subject: str, texts: Texts, tokenizer: Tokenizer, ids: Collection[int]) -> InputError:
   """Returns the error for tokens that end a text, but not a text of the student."""
 
   def named(tokens: Collection[int]) -> str:
     return ", ".join(f"{i} ({tokenizer.piece(i)!r})" for i in tokens) or "no token"
 
   return InputError(
-    f"{subject} a text with {named(ids)}, but the student's texts end with {named(side.ends)}: it "
+    f"{subject} a text with {named(ids)}, but the student's texts end with {named(texts.ends)}: it "
     "would learn to write past their end. Add the ids to eos_token_id in generation_config.json of "
     "the student, or their texts to generate.stop."
   )

@@ -4,7 +4,7 @@ The mean of the losses hides what goes wrong on a student's own texts. The diagn
 microbatch of a round and compares the two models at each token:
 
   overlap            share of the teacher's TOP most probable tokens that are among the student's
-                     TOP: a student whose overlap is small is not corrected, but led astray
+                     TOP: a student whose overlap is small learns little from its own texts
                      (arXiv:2604.13016)
   student_mass       the student's probability of the teacher's TOP tokens
   teacher_mass       the teacher's probability of the student's TOP tokens
@@ -43,7 +43,7 @@ from distill_jax.types import Batch, Inputs, Mean, Model, PyTree, Targets
 EVERY = 10  # steps between two diagnoses, at least
 TOP = 16  # most probable tokens of the two models that are compared
 TENTHS = 10
-TEXTS, SHOWN = 3, 3  # texts that are shown token by token, and the most probable tokens shown
+TEXTS, TOP_SHOWN = 3, 3  # texts for the report, and most probable tokens at each of their places
 OF_TOKENS = ("overlap", "student_mass", "teacher_mass", "reverse_kl")  # metrics of each teacher
 
 
@@ -54,8 +54,8 @@ class Diagnosed(NamedTuple):
     metrics: Scalars by name: those above, for each teacher as "METRIC/TEACHER"; the reverse KL of
       the tenths of the texts as "reverse_kl_tenth_N/TEACHER", N from 1; and "drift". NaN is a mean
       over no token. What the targets do not allow is missing: see `_of_teacher`.
-    texts: TEXTS rows, evenly spaced: arrays [TEXTS, T], and [TEXTS, T, SHOWN] of the most probable
-      tokens; see own_texts_file.py.
+    texts: TEXTS rows, evenly spaced: arrays [TEXTS, T], and [TEXTS, T, TOP_SHOWN] of the most
+      probable tokens; see own_texts_file.py.
   """
 
   metrics: Metrics
@@ -98,8 +98,8 @@ class Diagnosis:
     )
     metrics, tenth_BT = {}, tenths(mask_BT)
     if piece.rollout is not None:
-      moved_BT = jnp.abs(found["student"]["logp"] - piece.rollout.behaviour_logp_BT)
-      metrics["drift"] = _mean(moved_BT, mask_BT)
+      drift_BT = jnp.abs(found["student"]["logp"] - piece.rollout.behaviour_logp_BT)
+      metrics["drift"] = _mean(drift_BT, mask_BT)
     for name, values in found["teachers"].items():
       for key in (key for key in OF_TOKENS if key in values):
         metrics[f"{key}/{name}"] = _mean(values[key], mask_BT)
@@ -212,10 +212,9 @@ def _of_teacher(
   """Returns the values of a teacher at the labels of a chunk, as far as its targets allow.
 
   The reverse KL is exact where the teacher runs in the step. Otherwise it is log q(label) - log
-  p(label). The mean over texts is then the reverse KL if the current student has sampled them, at
-  temperature 1 and without truncation. Of top-k scores,
-  a token that is not stored has the teacher's mass 0; of sampled scores, the teacher's mass is an
-  unbiased estimate.
+  p(label), whose mean over texts is the reverse KL if the current student has sampled them, at
+  temperature 1 and without truncation. In top-k scores, a token that is not stored counts as
+  having the teacher's probability 0. In sampled scores, teacher_mass is an unbiased estimate.
 
   Args:
     targets: The teacher's targets.
@@ -266,4 +265,4 @@ def _weight_of(ids_BCK: jax.Array, p_BCK: jax.Array, ours_BCK: jax.Array) -> jax
 
 
 def _shown(ids_BCK: jax.Array, logp_BCK: jax.Array) -> dict[str, jax.Array]:
-  return {"top_ids": ids_BCK[..., :SHOWN], "top_p": jnp.exp(logp_BCK[..., :SHOWN])}
+  return {"top_ids": ids_BCK[..., :TOP_SHOWN], "top_p": jnp.exp(logp_BCK[..., :TOP_SHOWN])}

@@ -13,8 +13,9 @@ class OnPolicyOptions:
   """
 
   every: int = 1
-  """Number of training steps of a round, which train on texts that the student has sampled before
-  them. With 1 and train.online=True, each step trains on texts of the current student."""
+  """Number of training steps of a round. They train on texts that the student has sampled before
+  the first of them. With 1 and train.online=True, each step trains on texts of the current
+  student."""
   lag: int = 0
   """Number of rounds, 0 or 1, by which texts are older than the student that trains on them. 1: the
   texts of a round are sampled before the steps of the round before it, so that a server can score
@@ -26,15 +27,17 @@ class OnPolicyOptions:
   """Name of the entry of `filters`, of the module math or code, whose verdict (1 or 0) on each text
   is its reward. "": no rewards."""
   max_truncated: float = 1.0
-  """Fraction of a round's texts that may end because of their length; above it, the run stops."""
+  """Largest fraction of a round's texts that may be cut off at generate.max_new_tokens or
+  generate.cache_len; above it, the run stops."""
   max_repetition: float = 0.5
-  """Fraction of a round's texts that may end in a loop (generate.repetition); above it, the run
-  stops."""
+  """Largest fraction of a round's texts that may end in a loop (generate.repetition); above it,
+  the run stops."""
   max_drift: float = 0.0
-  """Mean of |log q(token) in training - log q(token) in sampling|, in nats, that is allowed in the
+  """Largest mean of |log q(token) in training - log q(token) in sampling|, in nats, before the
   first step of a round; above it, the run stops. 0: no limit."""
   min_overlap: float = 0.0
-  """Fraction of the teacher's most probable tokens that must be among the student's; below it, the
-  run stops, since the student should be trained on the teacher's texts first. 0: no limit."""
+  """Smallest fraction of the teacher's most probable tokens that must be among the student's;
+  below it, the run stops, since the student should be trained on the teacher's texts first. 0: no
+  limit."""
   keep_rounds: int = 2
   """Number of rounds whose texts and scores are kept on the disk. 0: all."""

@@ -2,7 +2,7 @@
 
 The student's tokens are those that it sampled. The teacher reads its own tokens of the same text,
 which are aligned when a row is read, and its distributions are projected to the student's tokens
-(docs/cross-tokenizer.md). It works for scores that are stored and for a teacher in the step.
+(docs/cross-tokenizer.md). This holds for stored scores and for a teacher in the step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from distill_jax.records.student_rows import StudentRows
 from distill_jax.runtime import distributed
 from distill_jax.training.aligned_store import AlignedStore
 
-MULTIPLE = 128  # of the length of the teacher's rows
-MORE = 1.25  # tokens of the teacher that are expected per token of the student, at most
-SAMPLE = 8  # texts of a round, of which one has to be aligned
-TOLD = 0.1  # share of their tokens without a target, above which it is printed
+LENGTH_MULTIPLE = 128  # the length of the teacher's rows is a multiple of this
+TOKEN_RATIO = 1.25  # tokens of the teacher per token of the student that rows have room for
+CHECKED_TEXTS = 8  # first texts of a round, of which at least one must be aligned
+MAX_WITHOUT_TARGET = 0.1  # fraction of their tokens above which a line is printed
 
 
 def teacher_tokenizer(teacher: ModelSource, ours: Tokenizer) -> Tokenizer:
@@ -67,7 +67,10 @@ class OtherTokens:
     side = sides.student_side("data.tokenizer", named, student.pretrained, is_chat)
     self._tables = sides.pair_tables(theirs, side, config.retarget.roles)
     self._splits = Splits.of(self._tables)
-    length = config.retarget.seq_len or -(-config.generate.cache_len * MORE // MULTIPLE) * MULTIPLE
+    length = (
+      config.retarget.seq_len
+      or -(-config.generate.cache_len * TOKEN_RATIO // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    )
     self._length = min(int(length), teacher.text_config.max_position_embeddings)
     self._texts = StudentTexts(self._tables, theirs, side, self._length)
 
@@ -87,7 +90,7 @@ class OtherTokens:
     Raises:
       InputError: None of a few texts can be aligned.
     """
-    sample = texts.read_many(range(min(SAMPLE, len(texts))))
+    sample = texts.read_many(range(min(CHECKED_TEXTS, len(texts))))
     found = [self._texts.align(row)[0] for row in sample]
     reasons = ", ".join(sorted({reason for rows in found for reason in rows.skipped}))
     if all(rows.skipped for rows in found):
@@ -97,7 +100,7 @@ class OtherTokens:
         "chat template, or use a teacher with the student's tokenizer."
       )
     lost, tokens = sum(r.cut_targets for r in found), sum(int(r["mask_T"].sum()) for r in sample)
-    if lost > TOLD * tokens and distributed.is_process_0():
+    if lost > MAX_WITHOUT_TARGET * tokens and distributed.is_process_0():
       why = reasons or f"their text is not in the {self._length} tokens that the teacher reads"
       print(
         f"{lost} of the {tokens} tokens of the first {len(found)} texts of {texts.folder} have no "

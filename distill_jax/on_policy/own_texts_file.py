@@ -32,7 +32,7 @@ CONTEXT, TOKENS = 16, 160  # tokens of the prompt, and all tokens of a text
 
 
 def write(workdir: Path, step: int, texts: PyTree, tokenizer: Tokenizer) -> None:
-  """Writes the texts of a diagnosis; those of other teachers stay. It runs on process 0.
+  """Writes the texts of a diagnosis; those of other teachers stay. Process 0 calls it.
 
   Args:
     workdir: The folder of the run.

@@ -1,9 +1,9 @@
 """The texts of each round, and the steps that train on them: a pure function of the config.
 
-Round r has the steps r * every up to (r + 1) * every, and is complete before they begin. A step
-trains on texts of one teacher. Teachers take turns in proportion to their prompts, and the steps of
-a round are sorted by teacher, so that each teacher is needed once. The prompts of a teacher are
-shuffled in each epoch by a permutation that is computed, not stored.
+Round r has the steps from r * every to (r + 1) * every - 1, and its texts are complete before they
+begin. A step trains on texts of one teacher. Teachers take turns in proportion to their prompts,
+and the steps of a round are sorted by teacher, so that each teacher is needed once. The prompts of
+a teacher are shuffled in each epoch by a permutation that is computed, not stored.
 
 Row i of a teacher's store in a round is one text, given by its prompt and the index of its sample.
 So what is in a row does not depend on which rows are already written. Sample indices count on over
@@ -103,7 +103,7 @@ class Plan:
     return RoundPlan(tuple(at.get(i) for i in numbers), rows)
 
   def _rows(self, teacher: str, turn: int) -> list[tuple[int, int]]:
-    """Returns the rows of a teacher's step, counted over the run."""
+    """Returns the rows of a step, by its number `turn` among all steps of its teacher."""
     size = self.batch_size // self.samples
     out = []
     for place in range(turn * size, (turn + 1) * size):

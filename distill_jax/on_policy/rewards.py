@@ -25,7 +25,7 @@ def open_judge(config: Config) -> SampleFilter | None:
 
 
 def without_key(judge: SampleFilter, on_bad: str, prompts: Prompts) -> set[int]:
-  """Returns the prompts whose texts cannot be judged, e.g. because they lack an answer key.
+  """Returns the numbers of prompts whose texts cannot be judged, e.g. for lack of an answer key.
 
   Judges read the answer key first, so they are called with empty texts.
 

@@ -2,7 +2,7 @@
 
 A text depends on (seed, round, prompt, sample) and the student's weights. Its row in a store is
 determined by the plan, so a round that was stopped continues with the shards that are missing. All
-processes decode all rows; process 0 writes. Per process: 8 bytes per prompt of the run, and the
+processes decode all rows; process 0 writes. A process holds 8 bytes per prompt of the run and the
 caches, which are freed before training continues. The decoding programs are compiled in the first
 round.
 """

@@ -1,4 +1,4 @@
-"""Numbers of the texts of a round: how they ended, how long they are, and what they are worth."""
+"""Numbers of the texts of a round: how they ended, their lengths and their rewards."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def check(c: OnPolicyOptions, number: int, reasons: Mapping[str, int], texts: in
   """
   for key, reason in LIMITS.items():
     if (found := reasons.get(reason, 0)) > getattr(c, key) * texts:
-      raise _over(key, getattr(c, key), number, found / texts, reason)
+      raise _beyond_limit(key, getattr(c, key), number, found / texts, reason)
 
 
-def _over(key: str, limit: float, number: int, fraction: float, reason: str) -> InputError:
+def _beyond_limit(key: str, limit: float, number: int, fraction: float, reason: str) -> InputError:
   how = "are cut off at the maximum length" if reason == TRUNCATED else "end in a loop"
   return bad_value(
     f"on_policy.{key}",

@@ -16,7 +16,7 @@ class RoundFolders:
   Args:
     folder: The folder of the run.
     keep: Number of the last rounds that are kept; 0 for all.
-    saves: Number of checkpoints that are kept. One that is being written comes on top.
+    saves: Number of checkpoints that are kept, besides one that is being written.
   """
 
   def __init__(self, folder: Path, keep: int, saves: int):

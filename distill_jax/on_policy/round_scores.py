@@ -27,7 +27,7 @@ class RoundScores:
     self._begun: dict[int, Future[dict[str, Store]]] = {}
 
   def begin(self, number: int, texts: Mapping[str, Store]) -> None:
-    """Takes note of the texts of a round, and begins to score them if this is done ahead."""
+    """Begins to score the texts of a round, if scores are computed ahead."""
     if self._ahead and number not in self._begun:
       before = self._begun.get(number - 1)
       self._begun[number] = _in_thread(lambda: self._of_round(number, texts, before))

@@ -29,8 +29,8 @@ def check(config: Config) -> None:
   """
   c = config.train
   if config.tasks:
-    expected = "{} with `on_policy`, whose student continues texts"
-    raise bad_value("tasks", list(config.tasks), expected, "Remove the tasks")
+    expected = "an empty section with `on_policy`, whose student continues texts"
+    raise bad_value("tasks", ", ".join(config.tasks), expected, "Remove the tasks")
   if c.teachers:
     expected = "{} with `on_policy`, where the prompts name their teachers"
     raise bad_value("train.teachers", c.teachers, expected, "Use `teachers`")
@@ -41,9 +41,10 @@ def check(config: Config) -> None:
       "on_policy.records_fraction", config.on_policy.records_fraction, expected, action
     )
   if c.online and config.generate.server.urls:
-    expected = "() with train.online=True, where the teacher runs in the step"
-    action = "Remove one of the two"
-    raise bad_value("generate.server.urls", config.generate.server.urls, expected, action)
+    raise InputError(
+      "generate.server.urls is set; expected no servers with train.online=True, where the teacher "
+      "runs in the step. Remove one of the two."
+    )
   for name, fn in config.losses.items():
     if isinstance(fn, FeatureLoss) and fn.fits_adapters:
       raise InputError(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from distill_jax.config import Config
 from distill_jax.data import corpus as corpora
-from distill_jax.errors import bad_value
+from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -64,7 +64,7 @@ class Scorer:
   def __init__(self, config: Config, student: ModelSource, mesh: Mesh, folder: Path):
     self._config, self._student, self._mesh, self._folder = config, student, mesh, folder
     self._is_served = bool(config.generate.server.urls)
-    # By what the teachers' keys name, which several may share.
+    # By the value of the teachers' config keys, which several teachers may share.
     self._sources: dict[str, ModelSource] = {}
     self._others: dict[str, OtherTokens | None] = {}
     self._runners: dict[str, LoadedTeacher] = {}
@@ -87,7 +87,9 @@ class Scorer:
       return
     for name in teachers:
       source = self.source(name)
-      sharding.shardings(source.abstract, mesh, source.compute.rules)  # raises if it cannot be
+      sharding.shardings(
+        source.abstract, mesh, source.compute.rules
+      )  # raises if the mesh does not divide the teacher
       self._check_text(source)
       source.check_digest()
 
@@ -174,9 +176,10 @@ class Scorer:
     """Raises InputError if servers cannot score the texts."""
     generate = self._config.generate
     if len(teachers) > 1:
-      expected = f"() with the {len(teachers)} teachers of the prompts, of which servers have one"
-      action = "Remove the key, or use one teacher"
-      raise bad_value("generate.server.urls", generate.server.urls, expected, action)
+      raise InputError(
+        f"generate.server.urls is set; expected no servers with the {len(teachers)} teachers of "
+        "the prompts, since servers have one model. Remove the key, or use one teacher."
+      )
     with self._served() as served:
       served.check_before(generate.cache_len)
 

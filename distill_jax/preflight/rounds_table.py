@@ -66,7 +66,7 @@ def _seconds(r: JsonObject) -> list[str]:
     f"{100 * r['mfu_bound']:.1f}%.",
     f"  At most {r['tokens_per_second_bound']:,.0f} generated tokens per second.",
     f"  The run takes at least {r['chip_hours']:,.1f} chip-hours{table.cost(r)}.",
-    f"  At a quarter of its bound, which servers reach, the decoder takes "
+    f"  At a quarter of its bound, as servers reach, the decoder takes "
     f"{r['generate_seconds_assumed']:,.1f} seconds per round, and the run "
     f"{r['chip_hours_assumed']:,.1f} chip-hours.",
   ]

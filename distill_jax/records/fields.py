@@ -129,8 +129,8 @@ class RecordSpec:
       )
     names = tuple(f.name for f in ROLLOUT)
     if self.rollout not in ((), names[:1], names):
-      expected = f"(), {names[:1]} or {names}"
-      raise bad_value("rollout.scalars", self.rollout, expected, "Correct it")
+      expected = f"[], {[*names[:1]]} or {[*names]}"
+      raise bad_value("rollout.scalars", [*self.rollout], expected, "Correct it")
 
   @property
   def has_logp(self) -> bool:

@@ -77,7 +77,7 @@ async def check_agreement(
     raise next(e for e in answers if isinstance(e, BaseException))
   (one, reference), *others = found.items()
   for i, logps in others:
-    if (apart := _apart(reference, logps)) > max_disagreement:
+    if (apart := _mean_difference(reference, logps)) > max_disagreement:
       same = asked[i] is asked[one]
       second = "in a second request" if same else f"and those of {asked[i].url}"
       raise InputError(
@@ -85,7 +85,7 @@ async def check_agreement(
         f"expected at most generate.server.max_disagreement, {max_disagreement:g}. Serve one model "
         "with one dtype, or raise the limit."
       )
-  if stored is not None and (apart := _apart(stored, reference)) > max_disagreement:
+  if stored is not None and (apart := _mean_difference(stored, reference)) > max_disagreement:
     raise InputError(
       f"The log-probabilities of {client.http.servers.names} and those of the store that this run "
       f"continues differ by {apart:.3g} nats per token; expected at most "
@@ -95,7 +95,7 @@ async def check_agreement(
 
 
 async def find_way(client: ScoringClient, text: Text, max_disagreement: float) -> str:
-  """Returns TOKEN_IDS if all servers have it and it agrees with the other way, else that.
+  """Returns TOKEN_IDS if all servers support it and agree with the client's way; else the latter.
 
   Args:
     client: The client, which asks for the text's own tokens alone.
@@ -110,7 +110,7 @@ async def find_way(client: ScoringClient, text: Text, max_disagreement: float) -
       logps = labels(await client.score(text, TOKEN_IDS, server, retries=0))
     except (RequestFailed, RequestRefused, InputError):  # an older version, or a proxy
       return client.way
-    if _apart(reference, logps) > max_disagreement:
+    if _mean_difference(reference, logps) > max_disagreement:
       return client.way
   return TOKEN_IDS
 
@@ -186,7 +186,7 @@ def labels(document: Document) -> np.ndarray:
   return np.array([top[token] for token, top in document if top])
 
 
-def _apart(a: Sequence[float] | np.ndarray, b: np.ndarray) -> float:
+def _mean_difference(a: Sequence[float] | np.ndarray, b: np.ndarray) -> float:
   """Returns the mean absolute difference, without positions at which `a` is NaN."""
   return float(np.nanmean(np.abs(np.asarray(a) - b)))
 

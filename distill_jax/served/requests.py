@@ -102,7 +102,7 @@ def parse(way: str, answer: Any, text: Text, vocab_size: int) -> Document:
     document = _sglang_document(answer["meta_info"], text, vocab_size)
   else:
     document = _vllm_document(_choice(answer), text)
-  document = [(token, _possible(token, top or {})) for token, top in document]
+  document = [(token, _with_probability(token, top or {})) for token, top in document]
   import_logprobs.check_values(document, vocab_size, "A response of the server", CHECK)
   return document
 
@@ -121,7 +121,10 @@ def tokens_of(way: str, answer: Any) -> list[int]:
 def first_difference(sent: list[int], read: list[int], vocab_size: int) -> int | None:
   """Returns the first index at which a server reads another token than was sent, or None.
 
-  SGLang returns 0 for the last id of its vocabulary; -1: of none.
+  Args:
+    sent: The tokens that were sent.
+    read: The tokens that the server returns.
+    vocab_size: Number of tokens of SGLang, which returns 0 for the last one; -1 for other servers.
   """
   pairs = itertools.zip_longest(sent, read)
   same = (a == b or (a, b) == (vocab_size - 1, 0) for a, b in pairs)
@@ -209,7 +212,7 @@ def _check_same(sent: list[int], read: list[int], vocab_size: int = -1) -> None:
     )
 
 
-def _possible(token: int, top: dict[int, float]) -> dict[int, float]:
+def _with_probability(token: int, top: dict[int, float]) -> dict[int, float]:
   """Returns the candidates that have a probability; the token itself must be one of them."""
   if token not in top:
     raise ValueError(f"The log-probability of the text's token {token} is missing.")

@@ -60,7 +60,7 @@ def texts_of(row: Record) -> list[Place]:
   return places
 
 
-def filled(row: Record, scored: Iterable[tuple[Place, Document]], spec: RecordSpec) -> Record:
+def with_targets(row: Record, scored: Iterable[tuple[Place, Document]], spec: RecordSpec) -> Record:
   """Returns a row with the targets at its labels.
 
   Args:

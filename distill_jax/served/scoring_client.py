@@ -38,9 +38,8 @@ class ScoringClient:
     self.way = PROMPT_LOGPROBS
     self.k = k
     self._server, self._vocab_size = server, vocab_size
-    self._slots = asyncio.Semaphore(
-      server.in_flight
-    )  # the time before a request is not part of its timeout
+    # Requests wait here, so that the time before they are sent is not part of their timeout.
+    self._slots = asyncio.Semaphore(server.in_flight)
     self._numbers = itertools.count()
 
   async def open(self) -> ServedModel:

@@ -201,7 +201,7 @@ class ServedTeacher:
     """Returns a row with its targets."""
     places = row_texts.texts_of(row)
     documents = await asyncio.gather(*(self._client.score(place.text) for place in places))
-    return row_texts.filled(row, zip(places, documents, strict=True), self._spec)
+    return row_texts.with_targets(row, zip(places, documents, strict=True), self._spec)
 
   async def _stop(self) -> None:
     """Cancels all requests and closes the connections."""
@@ -255,7 +255,7 @@ def _check(config: Config) -> None:
   server_checks.check(config.generate.server)
   c, why = config.records, "for a teacher on servers"
   if not config.generate.server.urls:
-    raise bad_value("generate.server.urls", (), f"an address {why}", "Set it")
+    raise InputError(f"generate.server.urls is empty; expected an address {why}. Set it.")
   check_choice("records.kind", c.kind, KINDS, "Set it, since servers give log-probabilities alone")
   for name, value in (
     ("temperature", 1.0),

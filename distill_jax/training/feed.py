@@ -25,7 +25,7 @@ class StepData(NamedTuple):
     batch: The global batch, on the devices.
     teachers: The online teachers, by name.
     metrics: Further metrics of the step.
-    teacher: The name of its teacher, if steps have different ones.
+    teacher: The name of the teacher of its texts, if steps have different ones; "" otherwise.
   """
 
   batch: Batch
@@ -71,7 +71,7 @@ class Feed(Protocol):
     """Returns the batch of a step. Steps are in order, without gaps."""
 
   def metadata(self, step: int) -> JsonObject:
-    """Returns what the metadata of a checkpoint before a step has for `open`."""
+    """Returns what `open` needs from the metadata of a checkpoint before this step."""
 
 
 class StoredFeed:

@@ -82,7 +82,9 @@ def evaluate(
 
 
 def losses_of(losses: Mapping[str, BaseLoss], is_rollout: bool) -> dict[str, BaseLoss]:
-  """Returns the losses that can be computed on texts that the student wrote, or on others."""
+  """Returns the losses that can be computed: all on texts that the student sampled (is_rollout),
+  and on others those that need no numbers of the sampling.
+  """
   return {name: fn for name, fn in losses.items() if is_rollout or not fn.rollout_scalars}
 
 

@@ -124,13 +124,13 @@ def train(
               checkpoint.wait(saves)
             raise
           log.saved()
-        fed = feed.next(n)
+        data = feed.next(n)
         profile.step(n)
         with jax.transfer_guard("disallow"):
-          state, metrics = step_fn(state, fed.batch, fed.teachers, base=inputs.base)
-        if fed.teacher:
-          metrics |= {f"loss/{fed.teacher}": metrics["loss"]}
-        log.step(n, metrics | fed.metrics)  # blocks on the metrics of the previous step only
+          state, metrics = step_fn(state, data.batch, data.teachers, base=inputs.base)
+        if data.teacher:
+          metrics |= {f"loss/{data.teacher}": metrics["loss"]}
+        log.step(n, metrics | data.metrics)  # blocks on the metrics of the previous step only
         done = n + 1
         stop = preemption.reached()
         if evaluation.due(done):

@@ -167,7 +167,7 @@ def test_the_texts_hold_each_token_s_numbers(dense, wanted, problem):
   mask = texts["mask"]
   got = texts["teachers"]["teacher"]["reverse_kl"]
   np.testing.assert_allclose(got[mask], values["reverse_kl"][rows][mask], rtol=1e-4)
-  want = np.sort(np.exp(logq[rows]), -1)[..., : -diagnosis.SHOWN - 1 : -1]
+  want = np.sort(np.exp(logq[rows]), -1)[..., : -diagnosis.TOP_SHOWN - 1 : -1]
   np.testing.assert_allclose(texts["student"]["top_p"][mask], want[mask], rtol=1e-4)
 
 

@@ -84,6 +84,6 @@ def test_a_server_that_cannot_score_the_texts_is_refused_before_there_are_any(tm
 
 
 def test_several_teachers_are_refused(tmp_path, server):
-  with pytest.raises(InputError, match="with the 2 teachers of the prompts, of which servers have"):
+  with pytest.raises(InputError, match="expected no servers with the 2 teachers of the prompts"):
     scorer(tmp_path, server).check(["teacher", "second"])
   assert not server.asked
