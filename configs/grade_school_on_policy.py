@@ -28,12 +28,12 @@ distributions on them. The argument is the way:
               of the student that takes it
   log_ratio   as rounds, with the teacher's log-probability of each token alone
 
-Equal are the start, the teacher, the steps, the schedule of the learning rate and, about, the
-number of tokens that are trained: a step has 2 rows of 512 tokens with about 9 kept answers, or 8
-of the student's texts, and how long these are is up to the student. Not equal are the padding (the
-student's texts have a row each), the work of the teacher, the time, and the texts: kept answers are
-correct, so problems that the teacher does not solve are missing, and were sampled at temperature
-0.6; the student's are all used, and are sampled at temperature 1.
+All ways have the same start, teacher, steps and schedule of the learning rate, and about the same
+number of trained tokens: a step has 2 rows of 512 tokens with about 9 kept answers, or 8 of the
+student's texts, whose length is up to the student. They differ in the padding (each of the
+student's texts has a row), the work of the teacher, the time, and the texts. Kept answers are
+correct, so that problems which the teacher does not solve are missing, and were sampled at
+temperature 0.6; the student's texts are all used, and are sampled at temperature 1.
 
   python tools/on_policy_evidence.py runs/evidence
 

@@ -83,7 +83,8 @@ def run(config: Config, folder: Path) -> JsonObject:
       served = stack.enter_context(_served_teacher(config, teacher))
     mesh = sharding.make_mesh(**vars(config.mesh))
     if job.runs_teacher(config.records):
-      sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)  # raises if it cannot be
+      # Raises InputError if the mesh does not divide the teacher.
+      sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)
     options = config.records
     tap_features.check(options, of_task=bool(config.tasks))
     sharding.check_batch("records.batch_size", options.batch_size, mesh)

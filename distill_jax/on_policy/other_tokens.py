@@ -67,10 +67,8 @@ class OtherTokens:
     side = sides.student_side("data.tokenizer", named, student.pretrained, is_chat)
     self._tables = sides.pair_tables(theirs, side, config.retarget.roles)
     self._splits = Splits.of(self._tables)
-    length = (
-      config.retarget.seq_len
-      or -(-config.generate.cache_len * TOKEN_RATIO // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    )
+    longest = -(-config.generate.cache_len * TOKEN_RATIO // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    length = config.retarget.seq_len or longest
     self._length = min(int(length), teacher.text_config.max_position_embeddings)
     self._texts = StudentTexts(self._tables, theirs, side, self._length)
 

@@ -87,9 +87,8 @@ class Scorer:
       return
     for name in teachers:
       source = self.source(name)
-      sharding.shardings(
-        source.abstract, mesh, source.compute.rules
-      )  # raises if the mesh does not divide the teacher
+      # Raises InputError if the mesh does not divide the teacher.
+      sharding.shardings(source.abstract, mesh, source.compute.rules)
       self._check_text(source)
       source.check_digest()
 

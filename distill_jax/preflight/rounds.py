@@ -52,7 +52,7 @@ OF_STEP = (
 )
 
 
-class Round(NamedTuple):
+class RoundTexts(NamedTuple):
   """The texts of the largest round of a run.
 
   Attributes:
@@ -70,7 +70,7 @@ class Round(NamedTuple):
   new_tokens: int
 
   @classmethod
-  def of(cls, config: Config) -> Round:
+  def of(cls, config: Config) -> RoundTexts:
     """Returns the texts of a config's rounds."""
     c, g = config.on_policy, config.generate
     steps = c.every - plan.records_before(c.every, c.records_fraction)
@@ -104,7 +104,7 @@ class Rounds:
   """
 
   config: Config
-  texts: Round
+  texts: RoundTexts
   step: JsonObject
   decoder: Decoder
   others: OtherTeachers
@@ -119,7 +119,7 @@ class Rounds:
     plan.check(config)
     round_schedule.check(config)
     run_setup.check(config)
-    run, texts = as_training(config), Round.of(config)
+    run, texts = as_training(config), RoundTexts.of(config)
     program = programs.lower(run, "on_policy", mesh)
     step = step_estimate.estimate(run, TRAIN, program, hardware, mesh)
     others = _others(config, texts, hardware, mesh)
@@ -268,7 +268,7 @@ def _state(step: JsonObject) -> dict[str, int]:
 
 
 def _others(
-  config: Config, texts: Round, hardware: Hardware, mesh: jax.sharding.Mesh
+  config: Config, texts: RoundTexts, hardware: Hardware, mesh: jax.sharding.Mesh
 ) -> OtherTeachers:
   """Returns the teachers outside the training step.
 

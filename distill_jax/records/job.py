@@ -27,7 +27,7 @@ from distill_jax.nn.sharding import Rows
 from distill_jax.records import batch_plan, recorder
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
-from distill_jax.records.loaded_teacher import See, feature_width
+from distill_jax.records.loaded_teacher import OnStatistics, feature_width
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.recorder import Corpus
 from distill_jax.records.shard_buffer import ShardBuffer
@@ -66,7 +66,11 @@ class Teacher(Protocol):
   """A teacher that computes the targets of rows: a LoadedTeacher or a ServedTeacher."""
 
   def recorded(
-    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows, see: See | None = None
+    self,
+    corpus: Corpus,
+    plan: Iterable[np.ndarray],
+    rows: Rows,
+    on_statistics: OnStatistics | None = None,
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """Yields each batch of a plan with its records; see LoadedTeacher.recorded."""
 
@@ -191,10 +195,10 @@ def _write(verb: str, part: Part, teacher: Teacher | None, progress: Progress) -
   if teacher is None:
     batches = _without_targets(part, plan)
   else:
-    see = None
+    on_statistics = None
     if isinstance(part.corpus.rows, StudentRows):
-      see = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges).add
-    batches = teacher.recorded(part.corpus, plan, part.rows, see)
+      on_statistics = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges).add
+    batches = teacher.recorded(part.corpus, plan, part.rows, on_statistics)
   with ShardBuffer(part.writer, own) as buffer, distributed.Preemption() as preemption:
     for index_B, records in batches:
       buffer.add(records)

@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 # holds, and the targets of the global batch.
 Dispatch = Callable[[np.ndarray], tuple[list[Record], Mapping[str, jax.Array]]]
 # Receives the first index of some rows, and their statistics.
-See = Callable[[int, Statistics], None]
+OnStatistics = Callable[[int, Statistics], None]
 
 
 def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
@@ -126,7 +126,7 @@ class LoadedTeacher:
     corpus: Corpus,
     plan: Iterable[np.ndarray],
     rows: Rows,
-    see: See | None = None,
+    on_statistics: OnStatistics | None = None,
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """Yields each batch of a plan with the records in it that this process writes.
 
@@ -136,15 +136,15 @@ class LoadedTeacher:
       corpus: The corpus.
       plan: The batches, from `batch_plan.batches`.
       rows: The rows of a batch.
-      see: Receives the first index, and the statistics, of the rows of a student with another
-        tokenizer, before they are yielded.
+      on_statistics: Receives the first index, and the statistics, of the rows of a student with
+        another tokenizer, before they are yielded.
     """
     for index_B, (held, targets) in _overlap(self._dispatcher(corpus, rows), plan):
       written = rows.written[index_B[rows.written] != batch_plan.PADDING]
       own = [held[i] for i in np.searchsorted(rows.held, written)]
-      if see is not None and own:
+      if on_statistics is not None and own:
         read = {k: collate.local_rows(targets[k], written) for k in projected_sampler.STATISTICS}
-        see(int(index_B[written[0]]), student_rows.statistics(own, read))
+        on_statistics(int(index_B[written[0]]), student_rows.statistics(own, read))
       yield index_B, recorder.local_records(own, targets, written)
 
 

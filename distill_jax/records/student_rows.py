@@ -1,9 +1,9 @@
 """Rows of text in a teacher's tokens, read as the rows of a student with another tokenizer.
 
-Row i has the text of row i of the teacher. Or, of texts that the student wrote, the rows are given
-in the student's tokens, and get those of the teacher. A row is aligned when it is read, in about
-the time that tokenizing it takes, and nothing is kept: `record` reads the next batch while the
-devices compute, and training in the threads of its loader.
+Row i has the text of row i of the teacher. For texts that the student wrote it is the other way
+round: the rows are given in the student's tokens, and the teacher's are made. A row is aligned when
+it is read, in about the time that tokenizing it takes, and nothing is kept: `record` reads the next
+batch while the devices compute, and training in the threads of its loader.
 """
 
 from __future__ import annotations

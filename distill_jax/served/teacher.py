@@ -149,7 +149,7 @@ class ServedTeacher:
     return client.way if client.k else await probes.find_way(client, text, self._limit)
 
   def recorded(
-    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows, see: object = None
+    self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows, on_statistics: object = None
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """Yields each batch of a plan with the records in it that this process writes.
 
@@ -159,7 +159,7 @@ class ServedTeacher:
       corpus: The corpus, of text.
       plan: The batches, from `batch_plan.batches`.
       rows: The rows of a batch.
-      see: Not used; there are no rows of a student with another tokenizer.
+      on_statistics: Not used; there are no rows of a student with another tokenizer.
     """
     written = rows.written
 

@@ -222,7 +222,7 @@ def test_a_token_that_also_spells_the_template_has_no_target():
   assert aligned.token_X.tolist() == list(range(len(begin) + 1, len(ids)))
 
 
-def test_it_can_be_pickled():
+def test_the_aligner_can_be_pickled():
   texts = pickle.loads(pickle.dumps(texts_of(tiny_pair.tables())))
   one = row(sampled(tiny_pair.tables(), 3, 9))
   want, got = (t.align(one)[0].token_X for t in (texts_of(tiny_pair.tables()), texts))

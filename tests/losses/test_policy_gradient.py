@@ -102,7 +102,7 @@ def test_the_expected_gradient_over_all_tokens_is_that_of_the_reverse_kl(outcome
   assert np.abs(stale - want).max() > 0.01  # the comparison can fail
 
 
-def test_it_is_the_gradient_of_kd_with_the_reverse_kl(outcomes):
+def test_the_gradient_is_that_of_kd_with_the_reverse_kl(outcomes):
   student, teacher, _ = outcomes
   batch = Batch(None, jnp.zeros((B, 1), int), jnp.ones((B, 1), bool))
   dense = DenseTargets(hidden_BTD=f32(teacher), head_VD=jnp.eye(V))

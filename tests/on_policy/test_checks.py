@@ -52,7 +52,7 @@ def pair(tmp_path):
   return run
 
 
-def test_equal_models_are_accepted_in_silence(pair):
+def test_equal_models_are_accepted_without_a_note(pair):
   assert pair() == []
 
 
@@ -95,18 +95,18 @@ def test_data_tokenizer_is_the_template_of_both(pair, tmp_path):
     pair(**{"data.tokenizer": other})
 
 
-def test_a_teacher_without_a_template_is_told(pair):
+def test_a_teacher_without_a_chat_template_is_reported(pair):
   assert "no chat template, but the prompts are chats" in pair(theirs={"template": ""})[0]
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_other_tokens_are_told(online, pair):
+def test_other_tokens_are_reported(online, pair):
   other = small_tokenizers.byte_level(special=ENDS[::-1])
   notes = pair(theirs={"tokenizer": other}, **{"train.online": online})
   assert "projected to the student's tokens" in notes[0] and len(notes) == 1
 
 
-def test_the_reverse_kl_against_other_tokens_is_told(pair):
+def test_the_reverse_kl_against_other_tokens_is_reported(pair):
   other = small_tokenizers.byte_level(special=ENDS[::-1])
   losses = {"soft": config.loss("kd", divergence="reverse_kl")}
   notes = pair(theirs={"tokenizer": other}, losses=losses)
@@ -120,7 +120,7 @@ def test_other_tokens_are_refused_on_servers(pair):
     pair(theirs={"tokenizer": other}, **urls)
 
 
-def test_another_file_with_the_same_tokens_is_accepted_and_further_tokens_are_told(pair):
+def test_another_file_with_the_same_tokens_is_accepted_and_further_tokens_are_reported(pair):
   longer = small_tokenizers.byte_level(special=ENDS, literal=("<think>",))
   notes = pair(ours={"tokenizer": longer})
   assert len(notes) == 1 and "lacks 1 of the student's tokens" in notes[0]
@@ -155,12 +155,12 @@ def test_another_beginning_of_texts_is_refused(pair):
     pair(theirs={"tokenizer": other}, **{"generate.chat": False})
 
 
-def test_other_sampling_is_told(pair):
+def test_sampling_that_changes_the_distribution_is_reported(pair):
   notes = pair(**{"generate.temperature": 0.7, "generate.top_p": 0.95})
   assert len(notes) == 1 and "generate.temperature=0.7, generate.top_p=0.95" in notes[0]
 
 
-def test_another_earlier_teacher_is_told():
+def test_a_student_of_another_teacher_is_reported():
   source = lambda name, run=None: types.SimpleNamespace(
     name=name, run=run, options=types.SimpleNamespace(source=name)
   )

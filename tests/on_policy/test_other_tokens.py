@@ -157,7 +157,7 @@ def test_texts_that_cannot_be_aligned_are_refused(folder, texts, monkeypatch):
     other.rows(texts)
 
 
-def test_many_tokens_without_a_target_are_told(folder, texts, capsys):
+def test_many_tokens_without_a_target_are_reported(folder, texts, capsys):
   for length, told in ((LENGTH, False), (8, True)):
     _, _, other = opened(resolved(folder, **{"retarget.seq_len": length}))
     assert len(other.rows(texts)) == ROWS

@@ -11,7 +11,7 @@ def counts(reasons, lengths, rewards=()):
   return round_counts.count(reasons, lengths, rewards, 1.0)
 
 
-def test_they_are_those_of_all_texts_and_of_each_of_several_teachers():
+def test_metrics_are_of_all_texts_and_of_each_of_several_teachers():
   math = counts(["eos", "length"], [4, 8], [1.0, 0.0])
   code = counts(["repetition"], [3], [1.0])
   found = round_counts.metrics(round_counts.summary({"math": math, "code": code}))

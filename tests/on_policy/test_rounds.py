@@ -213,7 +213,7 @@ def test_a_workdir_at_a_url_continues_elsewhere(whole, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_texts_that_cannot_be_sampled_again_are_missed(whole, folder, tmp_path, monkeypatch):
+def test_missing_texts_of_an_earlier_student_stop_the_run(whole, folder, tmp_path, monkeypatch):
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
     stop_at(patch, feed.RoundsFeed, "next", 4)
     tiny_on_policy.run(live(folder), tmp_path / "run")

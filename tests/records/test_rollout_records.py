@@ -40,7 +40,7 @@ def rollout(i):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_holds_them(kind, tmp_path):
+def test_every_kind_holds_rollout_scalars(kind, tmp_path):
   tiny_store.record(tmp_path, written(kind), make=rollout)
   read = store.open_store(tmp_path)
   read.verify()
@@ -115,7 +115,7 @@ def test_bad_records_are_refused():
     tf_example.decode(0, cut, m)
 
 
-def test_they_are_shown_and_given_to_trainers(tmp_path):
+def test_rollout_scalars_are_printed_and_given_to_trainers(tmp_path):
   tiny_store.record(tmp_path, written("labels"), make=rollout)
   read, want = store.open_store(tmp_path), rollout(1)
   line = describe.show(read, 1, lambda ids: f"<{ids[0]}>").splitlines()[3]

@@ -113,7 +113,7 @@ def write_run(folder, tokenizer, steps=(0, 10)):
   own_texts_file.write(folder, steps[-1], texts(tokenizer), tokenizer)
 
 
-def test_the_report_shows_them(tokenizer, tmp_path):
+def test_the_report_shows_the_texts(tokenizer, tmp_path):
   write_run(tmp_path / "distilled", tokenizer)
   write_report(tmp_path)
   page = Page((tmp_path / "report.html").read_text())
