@@ -63,7 +63,13 @@ class Part:
 
 
 class Teacher(Protocol):
-  """A teacher that computes the targets of rows: a LoadedTeacher or a ServedTeacher."""
+  """A teacher that computes the targets of rows: a LoadedTeacher or a ServedTeacher.
+
+  Attributes:
+    on_devices: True if all processes compute together; False if each of them asks servers.
+  """
+
+  on_devices: bool
 
   def recorded(
     self,
@@ -131,7 +137,8 @@ def record(
     unit: The unit of the lines of progress.
 
   Raises:
-    InputError: A process of an earlier run has not written its shards.
+    InputError: A process of an earlier run has not written its shards, or a row cannot be recorded.
+    Unavailable: No server answers.
     Preempted: SIGTERM arrived; finished shards are kept.
   """
   total = sum(part.tokens for part in parts)
@@ -140,7 +147,7 @@ def record(
       progress = stack.enter_context(Progress(verb, total, unit))
     for part in parts:
       if part.missing:
-        _write(verb, part, teacher, progress)
+        _write_on_all_processes(verb, part, teacher, progress)
       distributed.barrier("recorded")
       distributed.run_on_process_0(functools.partial(_complete, part))
 
@@ -181,14 +188,37 @@ def _missing(writer: Writer) -> list[range]:
   return [r for r, done in zip(ranges, finished.tolist(), strict=True) if not done]
 
 
-def _write(verb: str, part: Part, teacher: Teacher | None, progress: Progress) -> None:
+def _write_on_all_processes(
+  verb: str, part: Part, teacher: Teacher | None, progress: Progress
+) -> None:
+  """Writes the missing shards of a store.
+
+  An error of one process is raised on all, unless they compute together: then the others cannot
+  continue without it.
+  """
+  unfinished: list[int] = []
+
+  def write() -> None:
+    unfinished.append(_write(part, teacher, progress))
+
+  if teacher is not None and teacher.on_devices:
+    write()
+  else:
+    distributed.run_on_all_processes(f"recorded {part.writer.folder}", write)
+  if distributed.max_over_processes(unfinished[0]):
+    raise distributed.Preemption.stop(verb, "finished shards are kept")
+
+
+def _write(part: Part, teacher: Teacher | None, progress: Progress) -> int:
   """Writes this process's shards of a store while their records are computed.
 
   Args:
-    verb: The command, for the message of a stop.
     part: The store.
     teacher: The teacher; None for rows without one.
     progress: Counts the tokens.
+
+  Returns:
+    The number of sequences of the shard that is unfinished because of SIGTERM, or 0.
   """
   shards = batch_plan.divide(part.missing, part.rows)
   plan, own = batch_plan.batches(shards, part.rows), shards.get(part.rows.process, [])
@@ -205,8 +235,7 @@ def _write(verb: str, part: Part, teacher: Teacher | None, progress: Progress) -
       progress.add(int((index_B != batch_plan.PADDING).sum()) * part.corpus.positions)
       if preemption.reached():
         break
-  if distributed.max_over_processes(buffer.unfinished):
-    raise distributed.Preemption.stop(verb, "finished shards are kept")
+  return buffer.unfinished
 
 
 def _without_targets(

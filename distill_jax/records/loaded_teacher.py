@@ -58,6 +58,8 @@ class LoadedTeacher:
     read: See `collate`; None for text.
   """
 
+  on_devices = True  # see job.Teacher
+
   def __init__(
     self,
     config: Config,

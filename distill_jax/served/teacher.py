@@ -59,6 +59,8 @@ class ServedTeacher:
     InputError: The servers' options are invalid, or servers cannot give what is to be recorded.
   """
 
+  on_devices = False  # see job.Teacher
+
   def __init__(self, config: Config, tokenizer: Tokenizer, template: ChatTemplate | None = None):
     server, count = config.generate.server, jax.process_count()
     _check(config)

@@ -75,6 +75,19 @@ def test_an_unreachable_server_stops_both_processes(made, tmp_path):
   assert done.returncode == os.EX_TEMPFAIL and "cannot be reached" in done.stdout + done.stderr
 
 
+def test_a_text_of_one_process_that_is_refused_stops_both_processes(made, tmp_path):
+  server, file, c = made
+  record.run(resolve(c), tmp_path / "one")
+  last = tuple(row_texts.texts_of(open_store(tmp_path / "one")[19])[0].text.tokens)
+  server.forever, server.faults[last] = True, ["400"]
+  command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "record"]
+  command += [f"--config={file}", f"--workdir={tmp_path / 'two'}"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+  said = [line[:3] for line in done.stdout.splitlines() if "refuses to score a text" in line]
+  assert sorted(said) == ["[0]", "[1]"], done.stdout
+  assert len(shards(tmp_path / "two")) == 3  # of 4: what is finished is kept
+
+
 def test_a_killed_run_sends_no_text_twice(made, tmp_path):
   server, file, c = made
   record.run(resolve(c), tmp_path / "one")
