@@ -288,7 +288,7 @@ def find(folder: str | os.PathLike) -> Manifest | None:
     if version == 1:  # only tasks lack the digest of a tokenizer
       fields["labels"] = not fields["tokenizer"]
     return Manifest(**fields)
-  except (TypeError, KeyError) as e:
+  except (TypeError, KeyError, AttributeError) as e:
     raise InputError(
       f"{path} is not a complete manifest ({e}). Delete it and run `record` again."
     ) from e

@@ -101,6 +101,12 @@ def test_manifests_that_are_not_valid(change, message):
     tiny_store.manifest(**fields)
 
 
+def test_a_manifest_whose_rollout_is_no_object_is_damaged(tmp_path):
+  (tmp_path / manifest.NAME).write_text(json.dumps(written()._json() | {"rollout": "abc"}))
+  with pytest.raises(InputError, match="is not a complete manifest .*Delete it"):
+    manifest.find(tmp_path)
+
+
 def test_bad_records_are_refused():
   m = written()
   with pytest.raises(InputError, match="lacks behaviour_logp_T, which its store holds"):
