@@ -220,6 +220,7 @@ class Preemption:
     """Asks all processes to stop at their next check, as SIGTERM does."""
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)  # to jax's preemption service
+      return
     for preemption in list(cls._active):
       preemption._signalled = True
 
@@ -240,7 +241,10 @@ class Preemption:
     if self._single:
       return self._signalled
     Preemption._checks += 1
-    return multihost_utils.reached_preemption_sync_point(Preemption._checks)
+    if multihost_utils.reached_preemption_sync_point(Preemption._checks):  # it is True only once
+      for preemption in self._active:
+        preemption._signalled = True
+    return self._signalled
 
   @classmethod
   def signalled(cls) -> bool:

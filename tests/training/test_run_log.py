@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import multihost_utils
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import distributed
@@ -95,3 +96,14 @@ def test_sigterm_stops_sampling_in_training_but_not_its_evaluation():
   with distributed.Preemption() as later:
     distributed.Preemption.request()
     assert later.reached()
+
+
+def test_processes_that_stop_at_the_end_of_scoring_stop_training_too(monkeypatch):
+  """Jax tells each process once, at the same check, e.g. that of the last batch of a round."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with distributed.Preemption() as outer:
+    at = distributed.Preemption._checks + 2
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: n == at)
+    with distributed.Preemption() as inner:
+      assert not inner.reached() and inner.reached()
+    assert outer.reached()
