@@ -44,6 +44,7 @@ from distill_jax.records import fields, recorder
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
+from distill_jax.records.shard_writer import writing
 from distill_jax.records.store import Store, open_store
 from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.progress import Progress
@@ -250,7 +251,9 @@ class Rollouts:
     """
     found = round_counts.summary(writer.finish())
     found = {"round": number, "student": fingerprint, **found}
-    files.write(_summary(folder_of(self._folder, number)), json.dumps(found, indent=1).encode())
+    file = _summary(folder_of(self._folder, number))
+    with writing(file):
+      files.write(file, json.dumps(found, indent=1).encode())
     round_counts.check(self._config.on_policy, number, found["reasons"], found["texts"])
 
 

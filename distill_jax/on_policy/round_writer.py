@@ -30,6 +30,7 @@ from distill_jax.records import fields
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
+from distill_jax.records.shard_writer import writing
 from distill_jax.records.store import Writer
 from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.types import JsonObject
@@ -165,7 +166,9 @@ class RoundWriter:
     counts = round_counts.count(
       [t.reason for t in texts], [len(t.tokens) for t in texts], given, seconds
     )
-    files.write(self._counts_of(teacher, rows), json.dumps(counts).encode())
+    file = self._counts_of(teacher, rows)
+    with writing(file):
+      files.write(file, json.dumps(counts).encode())
     pairs = itertools.zip_longest(texts, given)
     records = (record(t, writer.manifest.seq_len, reward) for t, reward in pairs)
     writer.write_shard(rows, records)  # last, so that a finished shard is counted

@@ -187,17 +187,14 @@ def test_texts_of_other_weights_are_sampled_again(whole, folder, capsys):
   assert "are of other weights of the student" in capsys.readouterr().err
   assert not scores.exists() and stores["b"].manifest.rollout["student"] == "g"
   same = open_store(folder_of(folder / "whole", 0, "b") / "rollouts")
-  assert [row["tokens_T"].tolist() for row in stores["b"]] == [
-    row["tokens_T"].tolist() for row in same
-  ]
+  tokens = [[row["tokens_T"].tolist() for row in store] for store in (stores["b"], same)]
+  assert tokens[0] == tokens[1]
   delete_round(path, 0)
   assert not folder_of(path, 0).exists()
 
 
 def test_a_round_that_is_partly_deleted_is_sampled_again(whole, folder, monkeypatch):
-  """A run deletes an old round, is killed, and comes to that round again from a checkpoint."""
-  path = folder / "partly"
-  shutil.copytree(folder / "whole", path)
+  path = shutil.copytree(folder / "whole", folder / "partly")
 
   def killed(where):
     shutil.rmtree(next(Path(where).rglob("counts")))
@@ -226,9 +223,8 @@ def test_another_round_samples_other_texts_and_compiles_nothing(folder, caplog):
 def test_a_round_whose_texts_are_cut_off_stops_the_run(folder):
   run = Run(made(folder, on_policy__max_truncated=0.3), folder / "truncated")
   for _ in range(2):  # also when it is run again
-    with pytest.raises(
-      InputError, match="max_truncated is 0.3; expected at least 0.*texts of round 0 that are cut"
-    ):
+    text = "max_truncated is 0.3; expected at least 0.*texts of round 0 that are cut"
+    with pytest.raises(InputError, match=text):
       run()
 
 
@@ -303,6 +299,21 @@ def test_a_shard_that_cannot_be_written_stops_the_round(whole, folder, monkeypat
       run()
   assert (len(seen) == 16) == (processes == 2)
   assert digests(run()) == digests(whole[1])
+
+
+@pytest.mark.parametrize("name", ["counts/", "rollouts.json"])
+def test_a_full_disk_stops_all_processes(whole, folder, monkeypatch, name):
+  write = files.write
+
+  def full(path, data):
+    if name in str(path):
+      raise OSError(28, "No space left on device")
+    write(path, data)
+
+  run = Run(made(folder), folder / f"no space for {len(name)}")
+  monkeypatch.setattr(files, "write", full)
+  with pytest.raises(InputError, match=f"{name}.*cannot be written .No space left"):
+    run()
 
 
 @pytest.mark.slow  # two meshes are compiled
