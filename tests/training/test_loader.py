@@ -132,6 +132,7 @@ def test_different_numbers_of_entries_are_padded():
     "ids_TK": np.ones((4, K), np.int32),
     "weight_TK": np.ones((4, K), np.float32),
     "logp_TK": np.zeros((4, K), np.float32),
+    "label_logp_T": np.zeros(4, np.float32),
   }
   batch = collate.collate(
     [Store(1).read_many([0])[0] | ids(2), Store(1).read_many([0])[0] | ids(3)]
