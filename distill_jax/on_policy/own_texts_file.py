@@ -22,6 +22,7 @@ import numpy as np
 
 from distill_jax.data import token_bytes
 from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.records.shard_writer import writing
 from distill_jax.runtime import json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.training.metric_writer import spell
@@ -47,7 +48,8 @@ def write(workdir: Path, step: int, texts: PyTree, tokenizer: Tokenizer) -> None
   for name, teacher in texts["teachers"].items():
     shown = [list(_tokens(texts, teacher, i, spell_token)) for i in rows if texts["mask"][i].any()]
     found[name] = {"step": step, "texts": shown}
-  atomic_write(path, json.dumps(found, allow_nan=False))
+  with writing(path):
+    atomic_write(path, json.dumps(found, allow_nan=False))
 
 
 def _tokens(

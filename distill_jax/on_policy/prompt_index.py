@@ -19,6 +19,7 @@ import numpy as np
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError, bad_value
 from distill_jax.generation.prompts import Prompt, Prompts
+from distill_jax.records.shard_writer import writing
 from distill_jax.runtime import distributed, files
 from distill_jax.types import JsonObject
 
@@ -220,4 +221,5 @@ def _load(file: str) -> tuple[JsonObject, np.ndarray, str] | None:
 def _save(file: str, about: JsonObject, places: np.ndarray, digest: str) -> None:
   buffer, text = io.BytesIO(), json.dumps({**about, "digest": digest})
   np.savez(buffer, allow_pickle=False, about=np.frombuffer(text.encode(), np.uint8), places=places)
-  files.write(file, buffer.getvalue())
+  with writing(file):
+    files.write(file, buffer.getvalue())

@@ -270,7 +270,8 @@ def delete_round(folder: Path, number: int) -> None:
 def _delete(folder: Path) -> None:
   """Deletes the folder of a round. If this is stopped, `_discard_others` ends it."""
   where = storage.location(folder)
-  files.write(files.join(where, DELETED), b"")
+  with writing(where):
+    files.write(files.join(where, DELETED), b"")
   for name in files.folders(where):  # before the file that marks them
     files.remove_tree(files.join(where, name))
   files.remove_tree(where)

@@ -96,6 +96,12 @@ def test_places_are_kept_until_the_prompts_change(tmp_path, monkeypatch):
     index_of(tmp_path, lines)
 
 
+def test_places_that_cannot_be_written_are_refused(tmp_path):
+  (tmp_path / "prompts.npz").mkdir()
+  with pytest.raises(InputError, match=r"prompts\.npz cannot be written"):
+    index_of(tmp_path, {"a.jsonl": numbered(3)})
+
+
 def test_a_round_has_each_prompt_of_an_epoch_once(tmp_path):
   index = index_of(tmp_path, {"a.jsonl": numbered(12)})
   p = Plan(index, seed=3, steps=10, every=3, batch_size=8, samples=2)

@@ -102,6 +102,12 @@ def test_a_broken_file_is_refused(text, tmp_path):
     own_texts.read(tmp_path)
 
 
+def test_a_file_that_cannot_be_written_is_refused(tokenizer, tmp_path):
+  (tmp_path / own_texts_file.FILE).mkdir()
+  with pytest.raises(InputError, match=r"own_texts\.json cannot be written"):
+    own_texts_file.write(tmp_path, 0, texts(tokenizer), tokenizer)
+
+
 def write_run(folder, tokenizer, steps=(0, 10)):
   with MetricsWriter(folder) as metrics:
     for step in steps:
