@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -87,8 +87,9 @@ class RoundsFeed:
     names = [name for name, count in self._plan.prompts.counts.items() if count]
     self._sources = run_setup.sources(config, {TEACHER: None} | dict.fromkeys(names))
     self._several_teachers = len(names) > 1
-    self._scores = None if config.train.online else self._open_scores(names, folder)
-    for sentence in checks.check(config, student, {name: self._sources[name] for name in names}):
+    teachers = {name: self._sources[name] for name in names}
+    self._scores = None if config.train.online else self._open_scores(teachers)
+    for sentence in checks.check(config, student, teachers):
       if distributed.is_process_0():
         print(sentence, file=sys.stderr)
     self._records = run_setup.open_records(config, student)
@@ -103,11 +104,11 @@ class RoundsFeed:
     self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
     self._batch_rows = sharding.rows(mesh, config.train.batch_size)
 
-  def _open_scores(self, teachers: Sequence[str], folder: Path) -> RoundScores:
+  def _open_scores(self, teachers: Mapping[str, ModelSource]) -> RoundScores:
     """Returns the scores of rounds, after checking that the teachers can score them."""
     config = self._run_config
-    scorer = Scorer(config, self._student, self._mesh, folder)
-    scorer.check(teachers)
+    scorer = Scorer(config, self._student, teachers, self._mesh, self._folder)
+    scorer.check()
     # The processes of a run talk to each other in order, so that only one can have two threads.
     is_alone = distributed.process_count() == 1
     is_served = bool(config.generate.server.urls)

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,10 @@ from distill_jax.config import Config
 from distill_jax.data import corpus as corpora
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.tokenizer import check_vocabulary
-from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.on_policy import other_tokens
 from distill_jax.on_policy.other_tokens import OtherTokens
-from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.on_policy.rollouts import folder_of
 from distill_jax.records import job, manifest, tap_features
 from distill_jax.records.job import Teacher
@@ -57,23 +55,28 @@ class Scorer:
   Args:
     config: The config of the run.
     student: The student, without weights.
+    teachers: The teachers that score texts, by name, without weights.
     mesh: The devices.
     folder: The folder of the run.
   """
 
-  def __init__(self, config: Config, student: ModelSource, mesh: Mesh, folder: Path):
-    self._config, self._student, self._mesh, self._folder = config, student, mesh, folder
+  def __init__(
+    self,
+    config: Config,
+    student: ModelSource,
+    teachers: Mapping[str, ModelSource],
+    mesh: Mesh,
+    folder: Path,
+  ):
+    self._config, self._student, self._teachers = config, student, teachers
+    self._mesh, self._folder = mesh, folder
     self._is_served = bool(config.generate.server.urls)
     # By the value of the teachers' config keys, which several teachers may share.
-    self._sources: dict[str, ModelSource] = {}
     self._others: dict[str, OtherTokens | None] = {}
     self._runners: dict[str, LoadedTeacher] = {}
 
-  def check(self, teachers: Sequence[str]) -> None:
+  def check(self) -> None:
     """Checks everything that can be checked before weights are read. All processes call it.
-
-    Args:
-      teachers: The names of the teachers that score texts.
 
     Raises:
       InputError: The config and the teachers do not fit together, or servers cannot score texts.
@@ -83,23 +86,13 @@ class Scorer:
     _check_options(options)
     sharding.check_batch("records.batch_size", options.batch_size, mesh)
     if self._is_served:
-      self._check_served(teachers)
+      self._check_served()
       return
-    for name in teachers:
-      source = self.source(name)
+    for source in self._teachers.values():
       # Raises InputError if the mesh does not divide the teacher.
       sharding.shardings(source.abstract, mesh, source.compute.rules)
       self._check_text(source)
       source.check_digest()
-
-  def source(self, teacher: str) -> ModelSource:
-    """Returns a teacher by its name, without weights."""
-    config = self._config
-    named = config.teacher.source if teacher == TEACHER else config.teachers[teacher]
-    if named not in self._sources:
-      options = dataclasses.replace(config.teacher, source=named)
-      self._sources[named] = loading.open_source(options, config.seed)
-    return self._sources[named]
 
   def score(self, number: int, teacher: str, rollouts: Store) -> Store:
     """Returns the store of a teacher's scores of its texts in a round; missing ones are computed.
@@ -117,7 +110,7 @@ class Scorer:
     folder = folder_of(self._folder, number, teacher) / FOLDER
     digest = rollouts.manifest.digest
     distributed.run_on_process_0(functools.partial(_delete_others, folder, digest))
-    source, mesh, size = self.source(teacher), self._mesh, self._config.records.batch_size
+    source, mesh, size = self._teachers[teacher], self._mesh, self._config.records.batch_size
     with contextlib.ExitStack() as stack:
       served = stack.enter_context(self._served()) if self._is_served else None
       texts = self._corpus(source, rollouts)
@@ -171,12 +164,12 @@ class Scorer:
     template = corpora.template_of(data, pretrained) if is_chat else None
     return ServedTeacher(self._config, corpora.tokenizer_of(data, pretrained), template)
 
-  def _check_served(self, teachers: Sequence[str]) -> None:
+  def _check_served(self) -> None:
     """Raises InputError if servers cannot score the texts."""
     generate = self._config.generate
-    if len(teachers) > 1:
+    if (count := len(self._teachers)) > 1:
       raise InputError(
-        f"generate.server.urls is set; expected no servers with the {len(teachers)} teachers of "
+        f"generate.server.urls is set; expected no servers with the {count} teachers of "
         "the prompts, since servers have one model. Remove the key, or use one teacher."
       )
     with self._served() as served:

@@ -92,8 +92,8 @@ def test_scores_are_the_enumeration_of_the_projected_distributions(folder, texts
   """The student's tokens are kept, and most are not those that its tokenizer would make."""
   c = resolved(folder)
   student, teacher, other = opened(c)
-  scorer = Scorer(c, student, sharding.make_mesh(), folder / "run")
-  scorer.check(["teacher"])
+  scorer = Scorer(c, student, {"teacher": teacher}, sharding.make_mesh(), folder / "run")
+  scorer.check()
   store = scorer.score(2, "teacher", texts)
   store.verify()
   m, tables = store.manifest, tiny_pair.tables()
@@ -201,9 +201,10 @@ def test_live_and_stored_scores_train_on_the_same_targets(folder, tmp_path):
 @pytest.mark.slow
 def test_scores_at_a_url_have_their_statistics(folder, texts):
   c = resolved(folder)
-  student, _, _ = opened(c)
+  student, teacher, _ = opened(c)
   with storage.Synced("memory://other_tokens") as at:
-    store = Scorer(c, student, sharding.make_mesh(), at).score(2, "teacher", texts)
+    scorer = Scorer(c, student, {"teacher": teacher}, sharding.make_mesh(), at)
+    store = scorer.score(2, "teacher", texts)
   assert store.folder == "memory://other_tokens/rounds/00002/teacher/records"
   store.verify()
   numbers = summary.describe(store.folder)
@@ -216,10 +217,9 @@ def test_scores_of_labels_alone_are_those_of_whole_distributions(folder, texts, 
   stores = []
   for kind in ("dense", "labels"):
     c = resolved(folder, **{"records.kind": kind})
-    student, _, _ = opened(c)
-    stores.append(
-      Scorer(c, student, sharding.make_mesh(), tmp_path / kind).score(2, "teacher", texts)
-    )
+    student, teacher, _ = opened(c)
+    scorer = Scorer(c, student, {"teacher": teacher}, sharding.make_mesh(), tmp_path / kind)
+    stores.append(scorer.score(2, "teacher", texts))
   for a, b in zip(*stores, strict=True):
     assert set(b) == set(a) - {"ids_TK", "logp_TK", "argmax_T"}
     for name, x in b.items():

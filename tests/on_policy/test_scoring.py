@@ -18,6 +18,7 @@ from distill_jax.losses import LabelTargets
 from distill_jax.models import loading
 from distill_jax.nn import logits as logits_lib
 from distill_jax.nn import sharding
+from distill_jax.on_policy import run_setup
 from distill_jax.on_policy.rollouts import folder_of
 from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import collate, manifest
@@ -50,7 +51,8 @@ def base(models, **changes):
 def scorer(models, run, **changes):
   c = base(models, **changes)
   student = loading.open_source(c.student)
-  return Scorer(c, student, sharding.make_mesh(), run)
+  teachers = run_setup.sources(c, ("teacher", "second"))
+  return Scorer(c, student, teachers, sharding.make_mesh(), run)
 
 
 def text(i, seed=0):
@@ -97,7 +99,7 @@ def log_probabilities(models, name, rows):
 
 def test_scores_are_the_teachers_and_texts_and_scalars_are_kept(models, tmp_path):
   own = scorer(models, tmp_path)
-  own.check(["teacher", "second"])
+  own.check()
   for name, weights in (("teacher", "one"), ("second", "two")):
     texts = rollouts(tmp_path, models, teacher=name)
     store = own.score(0, name, texts)
@@ -173,4 +175,4 @@ def test_what_cannot_be_scored_is_refused_at_once(key, models, tmp_path):
   value, message = WRONG[key]
   own = scorer(models, tmp_path, **{key: value})
   with pytest.raises(InputError, match=message.replace("'", ".")):
-    own.check(["teacher"])
+    own.check()

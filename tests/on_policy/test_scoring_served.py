@@ -39,14 +39,16 @@ def server(tmp_path):
     yield server
 
 
-def scorer(folder, server, **changes):
+def scorer(folder, server, teachers=("teacher",), **changes):
   c = config.base()
   c.student.shape, c.data.tokenizer = "tiny", str(folder / "tokenizer.json")
   c.records.kind, c.records.batch_size, c.generate.cache_len = "labels", 4, T
   c.generate.server.urls = (server.url,)
   c.update_from_flattened_dict(changes)
   c = config.resolve(c)
-  return Scorer(c, loading.open_source(c.student), sharding.make_mesh(), folder / "run")
+  student, teacher = loading.open_source(c.student), loading.open_source(c.teacher)
+  sources = dict.fromkeys(teachers, teacher)
+  return Scorer(c, student, sources, sharding.make_mesh(), folder / "run")
 
 
 def rollouts(folder):
@@ -61,7 +63,7 @@ def rollouts(folder):
 
 def test_scores_are_the_servers_and_a_finished_store_asks_for_none(tmp_path, server):
   own = scorer(tmp_path, server)
-  own.check(["teacher"])
+  own.check()
   texts = rollouts(tmp_path)
   store = own.score(0, "teacher", texts)
   store.verify()
@@ -80,10 +82,10 @@ def test_scores_are_the_servers_and_a_finished_store_asks_for_none(tmp_path, ser
 def test_a_server_that_cannot_score_the_texts_is_refused_before_there_are_any(tmp_path, server):
   server.max_len = T - 2
   with pytest.raises(InputError, match=str(T)):
-    scorer(tmp_path, server).check(["teacher"])
+    scorer(tmp_path, server).check()
 
 
 def test_several_teachers_are_refused(tmp_path, server):
   with pytest.raises(InputError, match="expected no servers with the 2 teachers of the prompts"):
-    scorer(tmp_path, server).check(["teacher", "second"])
+    scorer(tmp_path, server, ("teacher", "second")).check()
   assert not server.asked
