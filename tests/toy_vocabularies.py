@@ -1,9 +1,11 @@
-"""Toy vocabularies with the interface of Vocabulary, and a dense projection by plain loops."""
+"""Toy vocabularies, and a dense projection by plain loops."""
 
 import numpy as np
 
+from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 
-class Toy:
+
+class Toy(Vocabulary):
   """A vocabulary that spells a text with its longest pieces from the left.
 
   Args:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,18 +26,6 @@ CHANGED = "changed by the student's chat template"
 REFUSED = "refused by the student's chat template"
 REASONS = (CONTROL, CUT, SPELLING, FORM, CHANGED, REFUSED)
 _CONTINUATION = 3  # bytes of a character after its first, at most
-
-
-class Pair(Protocol):
-  """The properties of a pair of tokenizers that align one segment; see PairTables."""
-
-  teacher: Vocabulary
-  student: Vocabulary
-  roles: dict[int, int]
-  same: bool
-  teacher_space: bool
-  length_V: np.ndarray
-  control_V: np.ndarray
 
 
 class Segment(NamedTuple):
@@ -148,27 +136,35 @@ def align(
     The tokens on one axis, and the number of skipped segments by reason. A skipped segment has no
     tokens.
   """
-  one = tables.chats or functools.partial(align_segment, tables)
+  one = tables.chats or functools.partial(
+    align_segment, tables.teacher, tables.student, tables.roles
+  )
   results = [one(np.asarray(s, np.int64)) for s in segments]
   skipped = collections.Counter(r for r in results if isinstance(r, str))
   return join([r if isinstance(r, Segment) else None for r in results]), skipped
 
 
-def align_segment(tables: Pair, token_G: np.ndarray) -> Segment | str:
+def align_segment(
+  teacher: Vocabulary, student: Vocabulary, roles: Mapping[int, int], token_G: np.ndarray
+) -> Segment | str:
   """Aligns the student's tokens of one segment's text with the teacher's.
 
   Text is tokenized by the student. A control token becomes the student's token of the same role.
   One without a role, e.g. a BOS, is omitted at the beginning of a segment.
 
+  Args:
+    teacher: The teacher's vocabulary.
+    student: The student's vocabulary.
+    roles: The student's token of each of the teacher's control tokens that has one.
+    token_G: int64, the teacher's tokens of the segment.
+
   Returns:
     The tokens, or one of REASONS.
   """
-  length_G = tables.length_V[token_G]
-  end_G = np.cumsum(length_G)
-  start_G = end_G - length_G
-  if tables.same:
+  start_G, end_G = teacher.places(token_G)
+  if teacher.digest == student.digest:
     return Segment(token_G, start_G, end_G, token_G, start_G, end_G)
-  controls = np.flatnonzero(tables.control_V[token_G]).tolist()
+  controls = np.flatnonzero(teacher.length_V[token_G] == 0).tolist()
   ids: list[np.ndarray] = []
   starts: list[np.ndarray] = []
   ends: list[np.ndarray] = []
@@ -176,7 +172,7 @@ def align_segment(tables: Pair, token_G: np.ndarray) -> Segment | str:
   for g in [*controls, len(token_G)]:
     is_last = g == len(token_G)
     if g > first:
-      text = _align_text(tables, token_G[first:g], is_first=first == 0, is_last=is_last)
+      text = _align_text(teacher, student, token_G[first:g], is_first=first == 0, is_last=is_last)
       if isinstance(text, str):
         return text
       id_h, cut_h = text
@@ -184,7 +180,7 @@ def align_segment(tables: Pair, token_G: np.ndarray) -> Segment | str:
       starts.append(cut_h[:-1] + start_G[first])
       ends.append(cut_h[1:] + start_G[first])
     if not is_last:
-      role = tables.roles.get(int(token_G[g]))
+      role = roles.get(int(token_G[g]))
       if role is not None:
         ids.append(np.array([role]))
         starts.append(start_G[g : g + 1])
@@ -200,7 +196,7 @@ def align_segment(tables: Pair, token_G: np.ndarray) -> Segment | str:
 
 
 def _align_text(
-  tables: Pair, tokens: np.ndarray, is_first: bool, is_last: bool
+  teacher: Vocabulary, student: Vocabulary, tokens: np.ndarray, is_first: bool, is_last: bool
 ) -> tuple[np.ndarray, np.ndarray] | str:
   """Returns the student's tokens of a text, int64 [n], and their places in its bytes, int64 [n+1].
 
@@ -209,7 +205,8 @@ def _align_text(
   such as Llama 2; the student's tokens may begin with their own.
 
   Args:
-    tables: The tables of both tokenizers.
+    teacher: The teacher's vocabulary.
+    student: The student's vocabulary.
     tokens: The teacher's tokens of the text.
     is_first: True for the first text of a segment.
     is_last: True for the last one.
@@ -217,12 +214,12 @@ def _align_text(
   Returns:
     Both arrays, or one of REASONS.
   """
-  data = tables.teacher.spell(tokens.tolist())
+  data = teacher.spell(tokens.tolist())
   head = 0
   if is_first:
     cut = min(_CONTINUATION, len(data))
     head = next((i for i in range(cut) if data[i] & 0xC0 != 0x80), cut)
-  if tables.teacher_space and data[:1] == b" ":
+  if teacher.has_dummy_space and data[:1] == b" ":
     head = 1
   try:
     text = data[head:].decode()
@@ -232,7 +229,7 @@ def _align_text(
     text = data[head : head + e.start].decode()
   if not text:
     return np.zeros(0, np.int64), np.array([head])
-  places = tables.student.locate(text)
+  places = student.locate(text)
   if places is None:
     return SPELLING
   ids, cuts = places

@@ -112,7 +112,7 @@ class ChatAligner:
       The tokens, or the reason for which the chat is skipped.
     """
     if self._is_same:
-      start_G, end_G = self._axis(token_G)
+      start_G, end_G = self._theirs.places(token_G)
       return Segment(token_G, start_G, end_G, token_G, start_G, end_G)
     turns = self.parse(token_G)
     if isinstance(turns, str):
@@ -129,7 +129,7 @@ class ChatAligner:
     spans = self._spans(text)
     if spans is None:
       return FORM
-    axis_G, _ = self._axis(token_G)
+    axis_G, _ = self._theirs.places(token_G)
     end_text = (self._teacher.before_end + self._teacher.end).encode()
     turns = []
     for n, (role, start, stop) in enumerate(spans):
@@ -152,12 +152,6 @@ class ChatAligner:
       axis = int(axis_G[first] + start - place_G[first]) if first < len(token_G) else 0
       turns.append(Turn(role, content, axis, end))
     return turns
-
-  def _axis(self, token_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of tokens on the axis, where a control token has one place."""
-    length_G = np.maximum(self._theirs.length_V[token_G], 1).astype(np.int64)
-    end_G = np.cumsum(length_G)
-    return end_G - length_G, end_G
 
   def _spans(self, text: bytes) -> list[tuple[str, int, int]] | None:
     """Returns (role, start, end) of each content in the text of a chat; None for another form."""
@@ -222,7 +216,7 @@ class ChatAligner:
     if ids is None:
       return SPELLING
     id_H, start_H, end_H = ids
-    start_G, end_G = self._axis(token_G)
+    start_G, end_G = self._theirs.places(token_G)
     before_H, after_H = np.zeros_like(start_H), np.zeros_like(end_H)  # prompt: the first place
     marker = len(self._student.before_end.encode())
     for turn, (start, end) in zip(turns, rendered.contents, strict=True):

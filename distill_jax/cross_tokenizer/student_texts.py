@@ -11,7 +11,6 @@ them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -21,41 +20,6 @@ from distill_jax.cross_tokenizer.chats import ChatAligner
 from distill_jax.cross_tokenizer.rows import AlignedRows, Record
 from distill_jax.cross_tokenizer.sides import Side
 from distill_jax.cross_tokenizer.tables import PairTables
-from distill_jax.cross_tokenizer.vocabulary import Vocabulary
-
-
-@dataclasses.dataclass
-class _Backwards:
-  """A pair of tokenizers with exchanged roles, an `align.Pair`.
-
-  Attributes:
-    teacher: The vocabulary of the student, whose tokens are given.
-    student: The vocabulary of the teacher, whose tokens are made.
-    roles: The teacher's token of each of the student's control tokens that has one.
-    same: False.
-    teacher_space: True if the student's tokenizer puts a dummy space before a text.
-    length_V: int64, number of places of each of the student's tokens.
-    control_V: bool, True for the student's tokens without bytes.
-  """
-
-  teacher: Vocabulary
-  student: Vocabulary
-  roles: dict[int, int]
-  same: bool
-  teacher_space: bool
-  length_V: np.ndarray
-  control_V: np.ndarray
-
-  @classmethod
-  def of(cls, tables: PairTables) -> _Backwards:
-    student, teacher = tables.student, tables.teacher
-    roles = {ours: theirs for theirs, ours in tables.roles.items()}
-    if student.end is not None and teacher.end is not None:
-      roles[student.end] = teacher.end
-    letter = student.locate("a")
-    has_space = letter is not None and bool(letter[1][0] < 0)
-    length_V = np.maximum(student.length_V, 1).astype(np.int64)
-    return cls(student, teacher, roles, False, has_space, length_V, student.length_V == 0)
 
 
 class StudentTexts:
@@ -69,7 +33,11 @@ class StudentTexts:
   """
 
   def __init__(self, tables: PairTables, teacher: Side, student: Side, length: int):
-    self._tables, self._backwards, self.length = tables, _Backwards.of(tables), length
+    self._theirs, self._ours, self.length = tables.teacher, tables.student, length
+    # The teacher's token of each of the student's control tokens that has one.
+    self._roles = {ours: theirs for theirs, ours in tables.roles.items()}
+    if self._ours.end is not None and self._theirs.end is not None:
+      self._roles[self._ours.end] = self._theirs.end
     self._chats: ChatAligner | None = None
     if teacher.template is not None and student.template is not None:
       a, b = student.vocabulary, teacher.vocabulary
@@ -117,8 +85,10 @@ class StudentTexts:
     """Returns the tokens of both, or the reason why the teacher has none."""
     kept = self._readable(tokens_H, int(np.argmax(wanted_H)) if wanted_H.any() else len(tokens_H))
     found = (self._chats or self._text)(tokens_H[:kept])
-    if isinstance(found, str) or not len(found.id_H):
-      return found if isinstance(found, str) else CUT
+    if isinstance(found, str):
+      return found
+    if not len(found.id_H):
+      return CUT
     # In `found`, the student's tokens are the given ones, G.
     start_G, end_G = _in_order(found.start_H, found.end_H)
     rest = np.arange(len(tokens_H) - kept) + (found.end_G[-1] if kept else 0)
@@ -132,22 +102,23 @@ class StudentTexts:
       tokens_H: The tokens of a text.
       first: The number of tokens of the prompt.
     """
-    vocabulary, control_V = self._tables.student, self._backwards.control_V
-    stop = next((h for h in range(first, len(tokens_H)) if control_V[tokens_H[h]]), len(tokens_H))
+    ours, n = self._ours, len(tokens_H)
+    stop = next((h for h in range(first, n) if not ours.length_V[tokens_H[h]]), n)
     try:
-      vocabulary.spell(tokens_H[first:stop]).decode()
+      ours.spell(tokens_H[first:stop]).decode()
     except UnicodeDecodeError as e:
-      ends = np.cumsum(self._backwards.length_V[tokens_H[first:stop]])
+      _, ends = ours.places(tokens_H[first:stop])
       return first + int(np.searchsorted(ends, e.start, "right"))
-    is_end = stop < len(tokens_H) and tokens_H[stop] == vocabulary.end
-    return stop + (is_end and vocabulary.end in self._backwards.roles)
+    is_end = stop < n and tokens_H[stop] == ours.end
+    return stop + (is_end and ours.end in self._roles)
 
   def _text(self, tokens_H: np.ndarray) -> Segment | str:
     """Aligns a text that begins as the tokenizers begin one; see Tokenizer.begin."""
-    ours = self._tables.student.tokenizer.begin
-    theirs = np.array(self._tables.teacher.tokenizer.begin, np.int64)
+    ours = self._ours.tokenizer.begin
+    theirs = np.array(self._theirs.tokenizer.begin, np.int64)
     n = len(ours) if tokens_H[: len(ours)].tolist() == ours else 0
-    found = align_segment(self._backwards, tokens_H[n:])
+    # The student's tokens are given and the teacher's are made, so the two change places.
+    found = align_segment(self._ours, self._theirs, self._roles, tokens_H[n:])
     if isinstance(found, str):
       return found
     # The teacher's beginning has no place, and each token of the student's has one.

@@ -37,7 +37,6 @@ class PairTables:
     student: See Args.
     roles: See Args. With one tokenizer, every control token has its own role.
     chats: See Args.
-    teacher_space: True if the teacher's tokenizer puts a dummy space before a text.
     same: True if both have the same tokenizer, so that every token stays itself.
     length_V: int64, number of places of each teacher token: its bytes, or 1 without bytes.
     control_V: bool, True for teacher tokens without bytes.
@@ -66,8 +65,6 @@ class PairTables:
     self.teacher, self.student, self.roles = teacher, student, dict(roles)
     self.chats = chats
     self.same = teacher.digest == student.digest
-    letter = teacher.locate("a")
-    self.teacher_space = letter is not None and bool(letter[1][0] < 0)
     spelt = [b or b"" for b in teacher.bytes_V]
     self.control_V = teacher.length_V == 0
     self.length_V = np.maximum(teacher.length_V, 1).astype(np.int64)

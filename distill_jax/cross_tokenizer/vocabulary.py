@@ -102,6 +102,21 @@ class Vocabulary:
     except (IndexError, TypeError):
       return b"".join([bytes_V[i] or b"" if i < self.size else b"" for i in ids])
 
+  def places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places at which ids begin and end, int64, on an axis of their bytes.
+
+    A control token has one place on the axis.
+    """
+    length = np.maximum(self.length_V[ids], 1).astype(np.int64)
+    ends = np.cumsum(length)
+    return ends - length, ends
+
+  @functools.cached_property
+  def has_dummy_space(self) -> bool:
+    """True if the tokenizer puts a space before a text, as that of Llama 2 does."""
+    letter = self.locate("a")
+    return letter is not None and bool(letter[1][0] < 0)
+
   def locate(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the tokens of a text and their places among its bytes.
 

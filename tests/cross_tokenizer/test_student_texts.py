@@ -145,7 +145,7 @@ def test_a_prompt_that_the_teacher_cannot_read_is_skipped():
   # The end of a text always has a role, the student's other control tokens here none.
   assert aligned.skipped == {} and len(aligned.token_X)
   texts = texts_of(tables)
-  texts._backwards.roles.clear()
+  texts._roles.clear()
   aligned, theirs = texts.align(row([0, tables.student.end, 1, 0, 1], prompt=4))
   assert aligned.skipped == {CONTROL: 1} and not aligned.records[0]["mask_T"].any()
   assert not theirs["segments_T"].any()
