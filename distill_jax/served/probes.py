@@ -94,24 +94,24 @@ async def check_agreement(
     )
 
 
-async def find_way(client: ScoringClient, text: Text, max_disagreement: float) -> str:
-  """Returns TOKEN_IDS if all servers support it and agree with the client's way; else the latter.
+async def choose_method(client: ScoringClient, text: Text, max_disagreement: float) -> str:
+  """Returns TOKEN_IDS if all servers support it and give the same numbers; else `client.method`.
 
   Args:
     client: The client, which asks for the text's own tokens alone.
     text: The text.
     max_disagreement: See ServerOptions.
   """
-  if client.way != PROMPT_LOGPROBS:
-    return client.way
+  if client.method != PROMPT_LOGPROBS:
+    return client.method
   reference = labels(await client.score(text))
   for server in client.http.servers.all:
     try:
       logps = labels(await client.score(text, TOKEN_IDS, server, retries=0))
     except (RequestFailed, RequestRefused, InputError):  # an older version, or a proxy
-      return client.way
+      return client.method
     if _mean_difference(reference, logps) > max_disagreement:
-      return client.way
+      return client.method
   return TOKEN_IDS
 
 

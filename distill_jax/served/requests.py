@@ -1,6 +1,6 @@
 """Requests for the log-probabilities of given tokens, and their responses.
 
-Texts are sent as token ids, so that no server tokenizes them again. There are three ways to ask:
+Texts are sent as token ids, so that no server tokenizes them again. There are three methods:
 
   PROMPT_LOGPROBS  completions of vLLM with `prompt_logprobs`: at each token, the k most probable
                    tokens and the token itself. About 70 bytes per entry.
@@ -44,17 +44,17 @@ class Text(NamedTuple):
   first: int
 
 
-def request(way: str, model: str, text: Text, k: int) -> tuple[str, JsonObject]:
+def request(method: str, model: str, text: Text, k: int) -> tuple[str, JsonObject]:
   """Returns the path and the JSON body of the request that scores a text.
 
   Args:
-    way: PROMPT_LOGPROBS, TOKEN_IDS or SGLANG.
+    method: PROMPT_LOGPROBS, TOKEN_IDS or SGLANG.
     model: The model's name on the server.
     text: The text.
     k: Number of the most probable tokens; 0 for the tokens of the text alone, as for TOKEN_IDS.
   """
   tokens, first = text
-  if way == TOKEN_IDS:
+  if method == TOKEN_IDS:
     chosen = {
       "prompt_logprob_token_ids": [[token] for token in tokens[first:]],
       "prompt_logprob_start": first - 1,
@@ -63,23 +63,23 @@ def request(way: str, model: str, text: Text, k: int) -> tuple[str, JsonObject]:
     }
     body = {"model": model, "token_ids": tokens, "sampling_params": chosen, "stream": False}
     return "/inference/v1/generate", body
-  if way == SGLANG:
+  if method == SGLANG:
     return _sglang(model, {"input_ids": tokens}, first - 1, k)
   return _vllm(model, tokens, k)
 
 
-def request_of_text(way: str, model: str, text: str) -> tuple[str, JsonObject]:
+def request_of_text(method: str, model: str, text: str) -> tuple[str, JsonObject]:
   """Returns the path and the JSON body of a request with a text that the server tokenizes."""
-  if way == SGLANG:
+  if method == SGLANG:
     return _sglang(model, {"text": text}, 0, 0)
   return _vllm(model, text, 0)
 
 
-def parse(way: str, answer: Any, text: Text, vocab_size: int) -> Document:
+def parse(method: str, answer: Any, text: Text, vocab_size: int) -> Document:
   """Returns the scored tokens of a text, each with the log-probabilities of candidates.
 
   Args:
-    way: See `request`.
+    method: See `request`.
     answer: The JSON of the response.
     text: The text.
     vocab_size: Number of tokens of the vocabulary.
@@ -92,13 +92,13 @@ def parse(way: str, answer: Any, text: Text, vocab_size: int) -> Document:
     InputError: The server has another vocabulary, or gives a number that cannot be used.
   """
   tokens, first = text
-  if way == TOKEN_IDS:
+  if method == TOKEN_IDS:
     scores_S1 = _npy(answer["prompt_token_id_logprobs"])
     if scores_S1.shape != (len(tokens) - first, 1):
       raise ValueError(f"There are scores of shape {scores_S1.shape}, not {len(tokens) - first}.")
     scores = scores_S1[:, 0].tolist()
     document: Document = [(t, {t: x}) for t, x in zip(tokens[first:], scores, strict=True)]
-  elif way == SGLANG:
+  elif method == SGLANG:
     document = _sglang_document(answer["meta_info"], text, vocab_size)
   else:
     document = _vllm_document(_choice(answer), text)
@@ -107,13 +107,13 @@ def parse(way: str, answer: Any, text: Text, vocab_size: int) -> Document:
   return document
 
 
-def tokens_of(way: str, answer: Any) -> list[int]:
+def tokens_of(method: str, answer: Any) -> list[int]:
   """Returns the tokens of the text of a response to `request_of_text`.
 
   Raises:
     KeyError, IndexError, TypeError, AttributeError, ValueError: The response lacks them.
   """
-  if way == SGLANG:
+  if method == SGLANG:
     return [int(token) for _, token, *_ in answer["meta_info"]["input_token_logprobs"]]
   return [token for token, _ in import_logprobs.vllm(_choice(answer))]
 

@@ -30,12 +30,12 @@ class ScoringClient:
   Attributes:
     http: The client of the servers.
     model: The model, once it is open.
-    way: How texts are scored; see requests.py.
+    method: The method by which texts are scored; see requests.py.
   """
 
   def __init__(self, server: ServerOptions, k: int, vocab_size: int, seed: int):
     self.http = Client(server, seed)
-    self.way = PROMPT_LOGPROBS
+    self.method = PROMPT_LOGPROBS
     self.k = k
     self._server, self._vocab_size = server, vocab_size
     # Requests wait here, so that the time before they are sent is not part of their timeout.
@@ -50,7 +50,7 @@ class ScoringClient:
       RequestFailed: No server answers.
     """
     self.model = await served_model.find(self.http, self._server.model)
-    self.way = SGLANG if self.model.server == "sglang" else PROMPT_LOGPROBS
+    self.method = SGLANG if self.model.server == "sglang" else PROMPT_LOGPROBS
     return self.model
 
   async def close(self) -> None:
@@ -59,7 +59,7 @@ class ScoringClient:
   async def score(
     self,
     text: Text,
-    way: str = "",
+    method: str = "",
     server: Server | None = None,
     retries: int | None = None,
     k: int | None = None,
@@ -68,7 +68,7 @@ class ScoringClient:
 
     Args:
       text: The text.
-      way: How to ask; "" for `way`.
+      method: The method; "" for `method` of the client.
       server: The server to ask; None for any.
       retries: See Client.request.
       k: Number of the most probable tokens; None for `k` of the client.
@@ -76,15 +76,15 @@ class ScoringClient:
     Raises:
       RequestFailed, RequestRefused, InputError: See Client.request.
     """
-    way, k = way or self.way, self.k if k is None else k
-    path, body = requests.request(way, self.model.name, text, k)
-    parse = functools.partial(requests.parse, way, text=text, vocab_size=self._vocab_size)
+    method, k = method or self.method, self.k if k is None else k
+    path, body = requests.request(method, self.model.name, text, k)
+    parse = functools.partial(requests.parse, method, text=text, vocab_size=self._vocab_size)
     return await self._ask(path, body, parse, server, retries)
 
   async def tokens(self, text: str) -> list[int]:
     """Returns the tokens of a text as the server tokenizes it. It may put a BOS before them."""
-    path, body = requests.request_of_text(self.way, self.model.name, text)
-    return await self._ask(path, body, functools.partial(requests.tokens_of, self.way))
+    path, body = requests.request_of_text(self.method, self.model.name, text)
+    return await self._ask(path, body, functools.partial(requests.tokens_of, self.method))
 
   async def chat(self, messages: list[JsonObject]) -> tuple[int, list[int] | None]:
     """Returns the number of tokens of a chat in the server's template, and the tokens.

@@ -123,17 +123,17 @@ class ServedTeacher:
 
   def _check(self, row: Callable[[], Record]) -> None:
     self._wait(self._client.open())
-    way = ""
+    method = ""
 
     def probe() -> None:
-      nonlocal way
-      way = self._wait(self._probe(row()))
+      nonlocal method
+      method = self._wait(self._probe(row()))
 
     distributed.run_on_process_0(probe)
-    self._client.way = distributed.text_of_process_0(way)
+    self._client.method = distributed.text_of_process_0(method)
 
   async def _probe(self, row: Record) -> str:
-    """Makes the requests of probes.py, and returns how to ask for log-probabilities."""
+    """Makes the requests of probes.py, and returns the method of scoring texts."""
     client, stored = self._client, None
     await probes.check_length(client, len(row["tokens_T"]))
     await probes.check_tokenizer(client, self._tokenizer)
@@ -148,7 +148,7 @@ class ServedTeacher:
     else:
       text = Text(self._tokenizer.encode(probes.PROSE)[: len(row["tokens_T"])], 1)
     await probes.check_agreement(client, text, self._limit, stored)
-    return client.way if client.k else await probes.find_way(client, text, self._limit)
+    return client.method if client.k else await probes.choose_method(client, text, self._limit)
 
   def recorded(
     self, corpus: Corpus, plan: Iterable[np.ndarray], rows: Rows, on_statistics: object = None

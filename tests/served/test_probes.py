@@ -142,10 +142,10 @@ def test_chat_templates(tokenizer, kind, capsys):
 
 
 def test_how_labels_are_scored():
-  way = lambda client: probes.find_way(client, TEXT, 0.05)
+  method = lambda client: probes.choose_method(client, TEXT, 0.05)
   with Server(has_token_ids=True) as new, Server() as old, Server("sglang") as other:
-    assert probed(way, new, k=0) == TOKEN_IDS
-    assert probed(way, new, old, k=0) == probed(way, old, k=0) == PROMPT_LOGPROBS
-    assert probed(way, other, k=0) == SGLANG
+    assert probed(method, new, k=0) == TOKEN_IDS
+    assert probed(method, new, old, k=0) == probed(method, old, k=0) == PROMPT_LOGPROBS
+    assert probed(method, other, k=0) == SGLANG
   with Server(has_token_ids=True, noise=1.0) as wrong:
-    assert probed(way, wrong, k=0) == PROMPT_LOGPROBS
+    assert probed(method, wrong, k=0) == PROMPT_LOGPROBS

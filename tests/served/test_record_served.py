@@ -86,7 +86,7 @@ def test_records_are_the_servers_distributions(calm):
 
 
 def test_labels_alone(tmp_path, calm):
-  """SGLang and both ways of vLLM give the same labels as a store of the most probable tokens."""
+  """SGLang and both methods of vLLM give the same labels as a store of the most probable tokens."""
   want = open_store(calm[0])
   for kind, has_token_ids in (("sglang", False), ("vllm", False), ("vllm", True)):
     folder = tmp_path / f"{kind}{has_token_ids}"

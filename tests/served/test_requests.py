@@ -18,7 +18,7 @@ TEXT = Text([5, 17, 3, 200, 0, 255, 9], 3)
 KIND = {PROMPT_LOGPROBS: "vllm", TOKEN_IDS: "vllm", SGLANG: "sglang"}
 
 
-def scored(server, text=TEXT, k=4, way="", vocab=256, **options):
+def scored(server, text=TEXT, k=4, method="", vocab=256, **options):
   """The scored tokens of a text at a server."""
 
   async def ask():
@@ -26,7 +26,7 @@ def scored(server, text=TEXT, k=4, way="", vocab=256, **options):
     client = ScoringClient(asked, k, vocab, 0)
     async with client.http:
       await client.open()
-      return await client.score(text, way)
+      return await client.score(text, method)
 
   return asyncio.run(ask())
 
@@ -35,14 +35,14 @@ def log_probabilities(text=TEXT):
   return [scoring_server.logp(text.tokens[:i]) for i in range(text.first, len(text.tokens))]
 
 
-@pytest.mark.parametrize("way", [PROMPT_LOGPROBS, TOKEN_IDS, SGLANG])
-def test_every_way_gives_the_tokens_log_probabilities(way):
-  with Server(KIND[way], has_token_ids=True) as server:
-    found = scored(server, way=way)
+@pytest.mark.parametrize("method", [PROMPT_LOGPROBS, TOKEN_IDS, SGLANG])
+def test_every_method_gives_the_tokens_log_probabilities(method):
+  with Server(KIND[method], has_token_ids=True) as server:
+    found = scored(server, method=method)
   assert [token for token, _ in found] == TEXT.tokens[3:]
   for (token, top), want in zip(found, log_probabilities(), strict=True):
     assert math.isclose(top[token], want[token], rel_tol=1e-6)  # float32 in TOKEN_IDS
-    if way != TOKEN_IDS:
+    if method != TOKEN_IDS:
       assert {*top} == {token, *np.argsort(-want)[:4].tolist()}
       assert all(math.isclose(x, want[i]) for i, x in top.items())
 
@@ -52,7 +52,7 @@ def test_only_the_scored_tokens_are_asked_for():
     scored(server)
   assert server.bodies[0]["logprob_start_len"] == 2 and server.paths == ["/generate"]
   with Server(has_token_ids=True) as server:
-    scored(server, way=TOKEN_IDS)
+    scored(server, method=TOKEN_IDS)
   chosen = server.bodies[0]["sampling_params"]
   assert chosen["prompt_logprob_token_ids"] == [[200], [0], [255], [9]]
   assert chosen["prompt_logprob_start"] == 2 and server.paths == ["/inference/v1/generate"]
@@ -127,7 +127,7 @@ def test_a_broken_array_is_an_invalid_response(scores):
     Server(has_token_ids=True, change=lambda _: {"prompt_token_id_logprobs": scores}) as server,
     pytest.raises(RequestFailed, match="invalid response"),
   ):
-    scored(server, way=TOKEN_IDS, retries=0)
+    scored(server, method=TOKEN_IDS, retries=0)
 
 
 @pytest.mark.parametrize("url", ["{}", "{}/v1", "{}/v1/"])
