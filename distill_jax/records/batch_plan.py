@@ -50,6 +50,12 @@ def batches(shards: dict[int, list[range]], rows: Rows) -> Iterator[np.ndarray]:
     yield index_B
 
 
+def written(index_B: np.ndarray, rows: Rows) -> list[int]:
+  """Returns the indices in the corpus of the rows of a batch that this process writes."""
+  own = index_B[rows.written]
+  return own[own != PADDING].tolist()
+
+
 def split(shards: Sequence[range], size: int) -> Iterator[range]:
   """Cuts each shard into parts of at most `size` rows."""
   for shard in shards:

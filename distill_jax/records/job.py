@@ -243,8 +243,7 @@ def _without_targets(
 ) -> Iterator[tuple[np.ndarray, list[Record]]]:
   """Yields the batches of a plan, with the rows that this process writes."""
   for index_B in plan:
-    own = index_B[part.rows.written]
-    yield index_B, [part.corpus.rows[i] for i in own[own != batch_plan.PADDING].tolist()]
+    yield index_B, [part.corpus.rows[i] for i in batch_plan.written(index_B, part.rows)]
 
 
 def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:

@@ -43,7 +43,6 @@ from distill_jax.types import JsonObject
 KINDS = ("topk", "labels")  # of the records that servers can give
 AHEAD = 2  # rows that are scored or wait for an earlier one, per request in flight
 
-Label = TypeVar("Label")
 Result = TypeVar("Result")
 
 
@@ -63,7 +62,7 @@ class ServedTeacher:
 
   def __init__(self, config: Config, tokenizer: Tokenizer, template: ChatTemplate | None = None):
     server, count = config.generate.server, jax.process_count()
-    _check(config)
+    _check_options(config)
     own = dataclasses.replace(
       server,
       in_flight=-(-server.in_flight // count),
@@ -155,49 +154,34 @@ class ServedTeacher:
   ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """Yields each batch of a plan with the records in it that this process writes.
 
-    It has the interface of LoadedTeacher.recorded.
+    Batches are yielded in order, while later ones are scored. It has the interface of
+    LoadedTeacher.recorded.
 
     Args:
       corpus: The corpus, of text.
       plan: The batches, from `batch_plan.batches`.
       rows: The rows of a batch.
       on_statistics: Not used; there are no rows of a student with another tokenizer.
-    """
-    written = rows.written
-
-    def batches() -> Iterator[tuple[np.ndarray, list[Record]]]:
-      for index_B in plan:
-        own = index_B[written]
-        yield index_B, corpus.read(own[own != batch_plan.PADDING].tolist())
-
-    return self.scored(batches())
-
-  def scored(
-    self, groups: Iterable[tuple[Label, Sequence[Record]]]
-  ) -> Iterator[tuple[Label, list[Record]]]:
-    """Yields groups of rows with their targets, in order, while later ones are scored.
-
-    Args:
-      groups: Groups of rows, each with a label that is yielded with it.
 
     Raises:
       InputError: A server refuses a text, or its response cannot be used.
       Unavailable: No server answers.
       Preempted: SIGTERM arrived while no server answered; only in a run of one process.
     """
-    waiting: collections.deque[tuple[Label, list[Future[Record]]]] = collections.deque()
-    for label, group in groups:
-      waiting.append((label, [self._start(self._record(row)) for row in group]))
+    waiting: collections.deque[tuple[np.ndarray, list[Future[Record]]]] = collections.deque()
+    for index_B in plan:
+      own = corpus.read(batch_plan.written(index_B, rows))
+      waiting.append((index_B, [self._start(self._record(row)) for row in own]))
       while sum(len(started) for _, started in waiting) > self._ahead:
         yield self._next(waiting)
     while waiting:
       yield self._next(waiting)
 
   def _next(
-    self, waiting: collections.deque[tuple[Label, list[Future[Record]]]]
-  ) -> tuple[Label, list[Record]]:
-    label, group = waiting.popleft()
-    return label, [self._result(future) for future in group]
+    self, waiting: collections.deque[tuple[np.ndarray, list[Future[Record]]]]
+  ) -> tuple[np.ndarray, list[Record]]:
+    index_B, started = waiting.popleft()
+    return index_B, [self._result(future) for future in started]
 
   async def _record(self, row: Record) -> Record:
     """Returns a row with its targets."""
@@ -252,7 +236,7 @@ def _row_of(part: Part) -> Record:
   return store[shards[0].first] if shards else part.corpus.rows[part.missing[0].start]
 
 
-def _check(config: Config) -> None:
+def _check_options(config: Config) -> None:
   """Raises InputError if servers cannot give what is to be recorded."""
   server_checks.check(config.generate.server)
   c, why = config.records, "for a teacher on servers"
