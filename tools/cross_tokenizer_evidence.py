@@ -21,19 +21,18 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import experiments
 import sorted_records
+from experiments import ROOT, Results
 
 from distill_jax import config, registry
 from distill_jax.cross_tokenizer.roles import match_roles
@@ -51,7 +50,6 @@ from distill_jax.records.manifest import Manifest
 from distill_jax.records.projected_rows import project_rows
 from distill_jax.records.writer import Writer
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cross_tokenizer.py"
 RIVALS = ROOT / "tools" / "rival_losses"
 RUNS = Path("runs/cross_tokenizer")  # in the folder of a seed
@@ -78,11 +76,7 @@ TARGETS = {  # the folders that each needs, in order
 
 def settings() -> ModuleType:
   """Returns configs/cross_tokenizer.py as a module."""
-  spec = importlib.util.spec_from_file_location(CONFIG.stem, CONFIG)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return experiments.load_config(CONFIG)
 
 
 def teacher_tokenizer() -> Tokenizer:
@@ -157,38 +151,19 @@ class Evidence:
   """
 
   def __init__(self, folder: Path):
-    self.folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
-    self.file = folder / "results.jsonl"
-    lines = self.file.read_text().splitlines() if self.file.exists() else []
-    self.done = {self._key(r): r for r in map(json.loads, lines)}
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    self.commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-
-  @staticmethod
-  def _key(r: dict) -> tuple[str, float, int]:
-    return r["target"], r["rate"], r["seed"]
-
-  def write(self, **result: object) -> None:
-    """Appends a result."""
-    result |= {"commit": self.commit, "time": time.strftime("%Y-%m-%d %H:%M")}
-    with self.file.open("a") as f:
-      f.write(json.dumps(result) + "\n")
-    print(json.dumps(result), flush=True)
-    self.done[self._key(result)] = result
+    self.folder, self.log = folder, folder / "log.txt"
+    self.results = Results(folder, lambda r: (r["target"], r["rate"], r["seed"]))
 
   def command(self, verb: str, target: str, seed: int, workdir: Path, *flags: str) -> None:
     """Runs a command in the folder of a seed; one that is finished does nothing."""
     place = self.folder / f"seed-{seed}"
     place.mkdir(exist_ok=True)
-    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={CONFIG}:{target}"]
-    line += [f"--workdir={workdir}", f"--config.seed={seed}", *flags]
-    with (self.folder / "log.txt").open("a") as log:
-      subprocess.run(line, cwd=place, stdout=log, stderr=log, check=True)
+    flags = (f"--workdir={workdir}", f"--config.seed={seed}", *flags)
+    experiments.run_command(verb, f"{CONFIG}:{target}", *flags, folder=place, log=self.log)
 
   def run(self, target: str, rate: float, seed: int) -> float:
     """Returns the bits per byte of one run, which is made unless it is finished."""
-    if found := self.done.get((target, rate, seed)):
+    if found := self.results.done.get((target, rate, seed)):
       return found["bits_per_byte"]
     for folder in TARGETS[target]:
       finished = self.folder / f"seed-{seed}" / f"{folder}.finished"
@@ -201,14 +176,14 @@ class Evidence:
         else:
           self.command(*STORES[folder], seed, RUNS / folder)
         finished.touch()
-    name, begin = RUNS / f"{target}-{rate:g}-{self.commit}", time.monotonic()
+    name, begin = RUNS / f"{target}-{rate:g}-{self.results.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
     seconds, place = time.monotonic() - begin, self.folder / f"seed-{seed}"
     workdir = place / name
     with contextlib.chdir(place):  # the paths in the config of a run are relative
       bits = measure(f"run:{name}")
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    self.write(
+    self.results.write(
       target=target,
       rate=rate,
       seed=seed,
@@ -223,14 +198,11 @@ class Evidence:
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
     first = settings().RATES[target]
-    bits = {first: self.run(target, first, 0)}
-    while True:
-      best = min(bits, key=bits.__getitem__)
-      at = RATES.index(best)
-      near = [r for r in RATES[max(at - 1, 0) : at + 2] if r not in bits]
-      if not near:
-        return best
-      bits[near[0]] = self.run(target, near[0], 0)
+
+    def best_of(bits: dict[float, float]) -> float:
+      return min(bits, key=bits.__getitem__)
+
+    return experiments.tune(RATES, first, lambda rate: self.run(target, rate, 0), best_of)
 
 
 def table(results: Iterable[dict]) -> str:
@@ -266,18 +238,16 @@ def main() -> None:
   # Commands run in the folders of the seeds.
   os.environ["MISTRAL_TOKENIZER"] = str(Path(settings().MISTRAL).resolve())
   evidence = Evidence(args.folder.resolve())
-  targets = []
-  for target in args.targets.split(","):  # a first look at all of them
-    try:
-      evidence.run(target, settings().RATES[target], 0)
-      targets.append(target)
-    except subprocess.CalledProcessError as error:  # a later call repeats it
-      print(f"{target} is left out: {error}. See {evidence.folder / 'log.txt'}.", flush=True)
+
+  def run_first(target: str) -> None:
+    evidence.run(target, settings().RATES[target], 0)
+
+  targets = experiments.first_look(args.targets.split(","), run_first, evidence.log)
   rates = {target: evidence.tune(target) for target in targets}
   for seed in SEEDS[1:]:
     for target, rate in rates.items():
       evidence.run(target, rate, seed)
-  print(table(evidence.done.values()))
+  print(table(evidence.results.done.values()))
 
 
 if __name__ == "__main__":

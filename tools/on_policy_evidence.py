@@ -26,18 +26,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
+import experiments
 import jax
 import numpy as np
+from experiments import ROOT, Results
 from on_policy_table import HELDOUT, OWN, SEEDS, TRAINED, VALIDATION, key_of, table
 
 from distill_jax import config
@@ -49,7 +49,6 @@ from distill_jax.records import collate
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.outputs import run_teacher
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "grade_school_on_policy.py"
 RATES = (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 PRACTICE = 640  # problems in train.jsonl to train on; the others are for validation
@@ -63,12 +62,7 @@ CLOCK = ("step_seconds", "generate_seconds", "score_seconds")
 @functools.cache
 def settings() -> ModuleType:
   """Returns the config file as a module."""
-  sys.path.insert(0, str(CONFIG.parent))  # as the command line does
-  spec = importlib.util.spec_from_file_location(CONFIG.stem, CONFIG)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return experiments.load_config(CONFIG)
 
 
 def write_problems(folder: Path) -> None:
@@ -162,30 +156,13 @@ class Evidence:
   """
 
   def __init__(self, folder: Path):
-    self.folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
-    self.file = folder / "results.jsonl"
-    lines = self.file.read_text().splitlines() if self.file.exists() else []
-    self.done = {key_of(r): r for r in map(json.loads, lines)}
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    self.commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-
-  def write(self, **result: object) -> dict:
-    """Appends a result."""
-    result |= {"commit": self.commit, "time": time.strftime("%Y-%m-%d %H:%M")}
-    with self.file.open("a") as f:
-      f.write(json.dumps(result) + "\n")
-    shown = {k: v for k, v in result.items() if k not in ("right", "majority", "last")}
-    print(json.dumps(shown), flush=True)
-    self.done[key_of(result)] = result
-    return result
+    self.folder, self.log = folder, folder / "log.txt"
+    self.results = Results(folder, key_of)
 
   def command(self, verb: str, target: str, workdir: Path, *flags: str) -> None:
     """Runs a command in the folder; one that is finished does nothing."""
-    line = [sys.executable, "-m", "distill_jax.cli", verb, f"--config={CONFIG}:{target}"]
-    line += [f"--workdir={workdir}", *flags]
-    with (self.folder / "log.txt").open("a") as log:
-      subprocess.run(line, cwd=self.folder, stdout=log, stderr=log, check=True)
+    flags = (f"--workdir={workdir}", *flags)
+    experiments.run_command(verb, f"{CONFIG}:{target}", *flags, folder=self.folder, log=self.log)
 
   def once(self, verb: str, target: str, workdir: Path, *flags: str) -> None:
     """Runs a command unless it has finished before, with any version of the code."""
@@ -214,14 +191,16 @@ class Evidence:
 
   def train(self, target: str, rate: float, seed: int) -> dict:
     """Returns the line of a run's training, which is made unless it is finished."""
-    if found := self.done.get((TRAINED, target, rate, seed)):
+    if found := self.results.done.get((TRAINED, target, rate, seed)):
       return found
-    name = Path(settings().ROOT) / f"{target}-{rate:g}-{seed}-{self.commit}"
+    name = Path(settings().ROOT) / f"{target}-{rate:g}-{seed}-{self.results.commit}"
     flags = [f"--config.optim.peak_lr={rate}", f"--config.seed={seed}"]
     flags.append(f"--config.student.source=run:{self.start(seed)}")
     self.command("on_policy" if target in settings().ON_POLICY else "train", target, name, *flags)
     about = training_of(self.folder / name)
-    return self.write(what=TRAINED, target=target, rate=rate, seed=seed, run=str(name), **about)
+    return self.results.write(
+      what=TRAINED, target=target, rate=rate, seed=seed, run=str(name), **about
+    )
 
   def measure(self, what: str, target: str, rate: float, seed: int, run: str) -> dict:
     """Returns the line of a measurement, which is made unless it is finished.
@@ -233,9 +212,10 @@ class Evidence:
       seed: The seed.
       run: The folder of the run.
     """
-    if found := self.done.get((what, target, rate, seed)):
+    if found := self.results.done.get((what, target, rate, seed)):
       return found
-    base, folder = Path(settings().BASE), Path(run) / f"{what.replace(' ', '_')}-{self.commit}"
+    base = Path(settings().BASE)
+    folder = Path(run) / f"{what.replace(' ', '_')}-{self.results.commit}"
     problems = base / f"{VALIDATION if what == VALIDATION else HELDOUT}.jsonl"
     if what == OWN:
       with contextlib.chdir(self.folder):  # the paths in the config of a run are relative
@@ -244,7 +224,7 @@ class Evidence:
       flags = [f"--config.teacher.source=run:{run}", f"--config.seed={seed}"]
       self.command("evaluate", "start", folder, *flags, f"--config.evals.problems.path={problems}")
       found = scores_of(self.folder / folder)
-    return self.write(what=what, target=target, rate=rate, seed=seed, run=run, **found)
+    return self.results.write(what=what, target=target, rate=rate, seed=seed, run=run, **found)
 
   def validate(self, target: str, rate: float) -> float:
     """Returns the pass@1 of a rate with seed 0 on the validation problems.
@@ -255,11 +235,11 @@ class Evidence:
     self.measure(VALIDATION, target, rate, 0, run)
     tried = {
       key[2]: line["pass@1"]["value"]
-      for key, line in self.done.items()
+      for key, line in self.results.done.items()
       if key[0] == VALIDATION and key[1] == target
     }
     for other in tried.keys() - {best_of(tried)}:
-      self.remove_checkpoints(self.done[TRAINED, target, other, 0]["run"])
+      self.remove_checkpoints(self.results.done[TRAINED, target, other, 0]["run"])
     return tried[rate]
 
   def remove_checkpoints(self, run: str) -> None:
@@ -269,14 +249,7 @@ class Evidence:
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
     first = settings().RATES[target]
-    scores = {first: self.validate(target, first)}
-    while True:
-      best = best_of(scores)
-      at = RATES.index(best)
-      near = [r for r in RATES[max(at - 1, 0) : at + 2] if r not in scores]
-      if not near:
-        return best
-      scores[near[0]] = self.validate(target, near[0])
+    return experiments.tune(RATES, first, lambda rate: self.validate(target, rate), best_of)
 
   def final(self, target: str, rate: float, seed: int) -> None:
     """Measures a run with the best rate, and removes its checkpoints."""
@@ -305,19 +278,17 @@ def main() -> None:
   evidence = Evidence(folder)
   evidence.prepare()
   evidence.begin(0)
-  targets = []
-  for target in args.targets.split(","):  # a first look at all of them
-    try:
-      evidence.validate(target, settings().RATES[target])
-      targets.append(target)
-    except subprocess.CalledProcessError as error:  # a later call repeats it
-      print(f"{target} is left out: {error}. See {evidence.folder / 'log.txt'}.", flush=True)
+
+  def validate_first(target: str) -> None:
+    evidence.validate(target, settings().RATES[target])
+
+  targets = experiments.first_look(args.targets.split(","), validate_first, evidence.log)
   rates = {target: evidence.tune(target) for target in targets}
   for seed in SEEDS:
     evidence.begin(seed)
     for target, rate in rates.items():
       evidence.final(target, rate, seed)
-  print(table(evidence.done.values()))
+  print(table(evidence.results.done.values()))
 
 
 if __name__ == "__main__":

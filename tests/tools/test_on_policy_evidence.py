@@ -21,19 +21,21 @@ class Fake(evidence.Evidence):
     (self.folder / workdir / "checkpoints").mkdir(parents=True)
 
   def train(self, target, rate, seed):
-    if found := self.done.get((TRAINED, target, rate, seed)):
+    if found := self.results.done.get((TRAINED, target, rate, seed)):
       return found
     run = f"{target}-{rate:g}-{seed}"
     self.command("train", target, run)
-    return self.write(what=TRAINED, target=target, rate=rate, seed=seed, run=run)
+    return self.results.write(what=TRAINED, target=target, rate=rate, seed=seed, run=run)
 
   def measure(self, what, target, rate, seed, run):
-    if found := self.done.get((what, target, rate, seed)):
+    if found := self.results.done.get((what, target, rate, seed)):
       return found
     assert (self.folder / run / "checkpoints").exists(), f"{run} cannot be measured any more"
     score = 1 - 0.1 * abs(evidence.RATES.index(rate) - self.best)
     number = {"value": score, "low": score, "high": score}
-    return self.write(what=what, target=target, rate=rate, seed=seed, run=run, **{"pass@1": number})
+    return self.results.write(
+      what=what, target=target, rate=rate, seed=seed, run=run, **{"pass@1": number}
+    )
 
 
 @pytest.mark.parametrize("best", range(len(evidence.RATES)))
