@@ -47,7 +47,7 @@ class Decoder:
     mesh: The devices.
     options: The decoding settings, divisible by the mesh.
     memory: The bytes per device with these settings.
-    resident: The bytes per device that something else takes at the same time.
+    resident: The bytes per device of other arrays, e.g. of the training state.
   """
 
   source: ModelSource

@@ -207,7 +207,7 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
 
 
 def _teacher_head(config: Config, student_tokenizer: str, forward: ForwardFlops) -> float:
-  """Returns the operations of a teacher's head; "" for a student with the same tokenizer."""
+  """Returns the operations of a teacher's head; student_tokenizer is "" if it is the teacher's."""
   if not student_tokenizer:
     return forward.head
   return forward.head * PROJECTED_HEAD * other_tokenizer.positions(config) / config.data.seq_len

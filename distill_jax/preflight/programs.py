@@ -147,10 +147,8 @@ def _planned_stores(config: Config, rollout: JsonObject) -> stores.Stores:
 
 
 def _train(config: Config, mesh: Mesh, rollout: JsonObject) -> LoweredStep:
-  opened, student = (
-    _planned_stores(config, rollout),
-    loading.open_source(config.student, config.seed),
-  )
+  opened = _planned_stores(config, rollout)
+  student = loading.open_source(config.student, config.seed)
   c = config.train
   # The tokenizer and the stores can be missing, so their files are not checked.
   without_files = dataclasses.replace(

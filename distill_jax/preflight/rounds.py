@@ -59,7 +59,7 @@ class RoundTexts(NamedTuple):
     steps: Number of steps that train on them.
     rows: Number of texts.
     prompts: Number of prompts.
-    prompt_tokens: Number of tokens of a prompt for which a text of maximum length has room.
+    prompt_tokens: Number of tokens of a prompt in a text of maximum length.
     new_tokens: Maximum number of generated tokens of a text.
   """
 
@@ -82,9 +82,9 @@ class OtherTeachers(NamedTuple):
   """The teachers that are not an argument of the training step.
 
   Attributes:
-    weights: Bytes per device. With train.online, the teachers in `teachers` are in memory too;
-      otherwise one teacher is, from its scores until those of another one.
-    seconds: The lower bound for the scores of a round, without the time to load several teachers.
+    weights: Bytes per device. With train.online, all `teachers` are in memory; with stored scores,
+      one teacher at a time, which stays until another one scores.
+    seconds: The lower bound for the scores of a round, without the time to load teachers.
   """
 
   weights: int = 0

@@ -40,8 +40,8 @@ def _verdict(r: JsonObject) -> str:
   if r["fits"]:
     return f"Fits: at most {most}, of {hbm}."
   return (
-    f"Does not fit: at most {most}, of {hbm}. While texts are generated, {placement.ROOM:.0%} of "
-    "what the training state leaves are for weights and caches: at most "
+    f"Does not fit: at most {most}, of {hbm}. While texts are generated, weights and caches can "
+    f"take {placement.ROOM:.0%} of the memory that the training state leaves: at most "
     f"{r['decode']['largest_batch']} rows fit."
   )
 
@@ -66,12 +66,14 @@ def _seconds(r: JsonObject) -> list[str]:
     f"{100 * r['mfu_bound']:.1f}%.",
     f"  At most {r['tokens_per_second_bound']:,.0f} generated tokens per second.",
     f"  The run takes at least {r['chip_hours']:,.1f} chip-hours{table.cost(r)}.",
-    f"  At a quarter of its bound, as servers reach, the decoder takes "
+    "  If the decoder reaches a quarter of its bound, as servers do, it takes "
     f"{r['generate_seconds_assumed']:,.1f} seconds per round, and the run "
     f"{r['chip_hours_assumed']:,.1f} chip-hours.",
   ]
   if r["evaluation_share"]:
-    lines.append(f"  They include {r['evaluation_share']:.1%} for evaluation on held-out rows.")
+    lines.append(
+      f"  The hours include {r['evaluation_share']:.1%} for evaluation on held-out rows."
+    )
   if r["served"]:
     lines.append(f"  {_served(r)}")
   return lines
