@@ -29,8 +29,9 @@ class Student(NamedTuple):
 
   Attributes:
     name: Its name in the predictions.
-    kind: The CSS class of its column, shown if its radio button is selected; "": always shown.
-    variable: The CSS variable of the colour of its KL; "--k" for the colour that is shown.
+    kind: The CSS class of its column, which is shown while the student's radio button is selected;
+      "" for a column that is always shown.
+    variable: The CSS variable with the colour of its KL; "--k" is the one that colours a token.
   """
 
   name: str
@@ -94,7 +95,7 @@ def text_of_tokens(
     labels: The displayed names of models.
     students: The students of the text.
     title: The title of the text.
-    group: The name of its radio buttons, which no other text on the page has.
+    group: The name of the text's radio buttons, different for each text on the page.
     text: The tokens.
   """
   first = [_kl(token, students[0].name) if students else 0.0 for token in text]

@@ -57,8 +57,8 @@ def _run(label: str, number: int, run: ReportedRun) -> str:
 
 
 def _title(i: int, own: OwnText) -> str:
-  of = "" if own.teacher == "teacher" else f" for the teacher {own.teacher}"
-  return f"Text {i + 1}{of}, before step {own.step:,}"
+  teacher = "" if own.teacher == "teacher" else f" for the teacher {own.teacher}"
+  return f"Text {i + 1}{teacher}, before step {own.step:,}"
 
 
 def _chosen(texts: Sequence[OwnText]) -> list[OwnText]:
