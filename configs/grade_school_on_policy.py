@@ -17,23 +17,23 @@
   distill-jax evaluate  --config=$C:start    --workdir=$R/live/evaluation \\
     --config.teacher.source=run:$R/live
 
-All ways begin with the same start, which was trained on the teacher's kept answers and its
-distributions on them. The argument is the way:
+All ways begin with the same student (`start`), which was trained on the teacher's kept answers and
+its distributions on them. The argument of the config is the way:
 
   supervised  `train` on the kept answers
   off_policy  `train` on the teacher's distributions on them, with the forward KL divergence
   rounds      `on_policy`: the teacher scores 256 of the student's texts every 32 steps, with the
               same kind of records and the same loss as off_policy
   live        `on_policy`: the teacher is in the step, with the exact reverse KL divergence on texts
-              of the student that takes it
-  log_ratio   as rounds, with the teacher's log-probability of each token alone
+              of the current student
+  log_ratio   like rounds, but the teacher gives only its log-probability of each token
 
 All ways have the same start, teacher, steps and schedule of the learning rate, and about the same
 number of trained tokens: a step has 2 rows of 512 tokens with about 9 kept answers, or 8 of the
 student's texts, whose length is up to the student. They differ in the padding (each of the
-student's texts has a row), the work of the teacher, the time, and the texts. Kept answers are
-correct, so that problems which the teacher does not solve are missing, and were sampled at
-temperature 0.6; the student's texts are all used, and are sampled at temperature 1.
+student's texts has a row), the work of the teacher, the time, and the texts. Kept answers were
+sampled at temperature 0.6 and are correct, so problems that the teacher does not solve are missing.
+The student's texts are sampled at temperature 1, and all of them are used.
 
   python tools/on_policy_evidence.py runs/evidence
 

@@ -4,21 +4,22 @@
 
 The problems, the teacher, its answers and its records are made once, and the start of the students
 once for each of three seeds. Each target is then trained with seed 0 and the learning rate in the
-config, and with the next ones of RATES until both neighbours of the best have been tried. The best
-is that with the highest pass@1 on 160 validation problems, which no student is trained on. With it,
-all seeds are trained, and measured on the 160 held-out problems: 4 answers to each (pass@1, maj@4),
-and KL(student || teacher) on texts of the student, one for each problem, at temperature 1.
+config, and with the next ones of RATES until both neighbours of the best rate have been tried. The
+best rate has the highest pass@1 on 160 validation problems, on which no student is trained. All
+seeds are trained with it and measured on the 160 held-out problems: the student gives 4 answers to
+each (pass@1, maj@4), and KL(student || teacher) is computed on one more text of the student for
+each problem, sampled at temperature 1.
 
-Of each run, results.jsonl has one line for its training and one for each measurement, and none of
-them is made again. So the command can be stopped at any time, and continues when it is run again;
-what is unfinished resumes from its own files. Checkpoints that are not needed any more are removed:
-those of the teacher, of the starts, and of one run of each target remain, about 14 GB.
+Each finished training and each finished measurement appends one line to results.jsonl and is not
+repeated. So the command can be stopped at any time, and continues when it is run again; an
+unfinished part resumes from its own files. Checkpoints that are no longer needed are removed. Those
+of the teacher, of the starts, and of one run of each target remain, about 14 GB.
 
-The docstring of the config states what is equal for all targets. `tokens` in the results are those
-that are trained. The expected time, computed from that of a step and not measured, is five hours on
-two idle cores, if three rates of each target suffice: half an hour until the records, 20 minutes
-for the starts, three hours for 20 runs of the targets (4, 4, 9 and 15 minutes each), and an hour to
-measure.
+The docstring of the config states what is equal for all targets. `tokens` in the results is the
+number of tokens that the student is trained on. The expected time, computed from that of a step and
+not measured, is five hours on two idle cores, if three rates of each target suffice: half an hour
+until the records, 20 minutes for the starts, three hours for 20 runs of the targets (4, 4, 9 and 15
+minutes each), and an hour to measure.
 """
 
 from __future__ import annotations
@@ -115,11 +116,11 @@ def scores_of(folder: Path) -> dict[str, object]:
   """
   row = json.loads((folder / "evaluation.json").read_text())["evals"]["problems"]["teacher"]
   lines = (folder / "evals" / "teacher" / "problems" / "verdicts.jsonl").read_text().splitlines()
-  of: dict[int, list[dict]] = {}
+  answers: dict[int, list[dict]] = {}
   for line in map(json.loads, lines):
-    of.setdefault(line["id"], []).append(line)
-  right = {i: [line["right"] for line in of[i]] for i in sorted(of)}
-  votes = {i: _scores.majority([line["answer"] for line in of[i]], right[i]) for i in right}
+    answers.setdefault(line["id"], []).append(line)
+  right = {i: [line["right"] for line in answers[i]] for i in sorted(answers)}
+  votes = {i: _scores.majority([line["answer"] for line in answers[i]], right[i]) for i in right}
   return row | {
     "right": {str(i): sum(r) / len(r) for i, r in right.items()},
     "majority": {str(i): vote for i, vote in votes.items()},

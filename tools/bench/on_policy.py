@@ -157,9 +157,8 @@ def result(workdir: Path) -> PyTree:
   mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
   source = loading.open_source(StudentOptions(source=f"run:{workdir}"))
   weights = jax.device_get(jax.tree.leaves(source.load(mesh, jax.random.key(0)).model))
-  times = (*CLOCK, *BEFORE)
   return weights, [
-    {name: x for name, x in row.items() if name not in times} for row in read_metrics(workdir)
+    {name: x for name, x in row.items() if name not in CLOCK} for row in read_metrics(workdir)
   ]
 
 
