@@ -84,7 +84,7 @@ CLOSE = {"rtol": 0, "atol": 2e-6}
 
 @pytest.mark.parametrize("kind", ["dense", "sampled", "topk", "labels"])
 def test_the_expected_gradient_over_all_tokens_is_that_of_the_reverse_kl(outcomes, kind):
-  """With tokens of the student itself, and for policy_gradient also with those of an older one."""
+  """The tokens are the student's own or, for policy_gradient, also those of an older student."""
   student, teacher, older = outcomes
   kl, want = reverse_kl(student, teacher)
   unlimited = losses.PolicyGradient(clip=np.inf)

@@ -284,7 +284,7 @@ def test_the_devices_are_free_when_training_continues(whole, folder):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_shard_that_cannot_be_written_stops_the_round(whole, folder, monkeypatch, processes):
-  """With several processes at its end, where all of them learn of it."""
+  """Several processes stop at the end of the round, where all of them learn of the failure."""
   run, seen = Run(made(folder), folder / f"full{processes}"), []
   add = RoundWriter.add
   monkeypatch.setattr(RoundWriter, "add", lambda self, s: (add(self, s), seen.extend(s)))

@@ -37,15 +37,15 @@ def stop_at(monkeypatch, owner, name, call, stop=kill):
 
 
 def live(folder):
-  """Two rounds of two steps, with a checkpoint after each step, and texts in shards of four."""
+  """Returns the config of two live rounds of two steps, with a checkpoint after each step."""
   c = tiny_on_policy.on_policy_config(folder)
   c.on_policy.every, c.on_policy.keep_rounds, c.train.keep = 2, 0, 4
-  c.records.tokens_per_shard = 4 * tiny_on_policy.LENGTH
+  c.records.tokens_per_shard = 4 * tiny_on_policy.LENGTH  # four texts
   return c
 
 
 def late(folder):
-  """As `live`, with stored scores of texts of the student one round before."""
+  """Returns the config of rounds with stored scores, whose texts are one round old."""
   c = live(folder)
   c.train.online, c.on_policy.lag, c.train.steps, c.train.keep = False, 1, 6, 6
   c.records.kind, c.records.n = "topk", 8

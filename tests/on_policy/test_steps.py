@@ -1,4 +1,4 @@
-"""What the steps of rounds train on: the student as its own teacher, several teachers, records."""
+"""The steps of rounds: a student that is its own teacher, several teachers, and records."""
 
 import pytest
 import tiny
@@ -138,7 +138,7 @@ def test_the_size_of_shards_may_change_between_two_calls(tmp_path):
 
 @pytest.mark.slow
 def test_rounds_are_evaluated_as_other_runs(tiny_run, tmp_path):
-  """On held-out records and on a benchmark, whose evaluation does not change the texts."""
+  """Held-out records and a benchmark are evaluated, and the sampled texts stay the same."""
   c = tiny_on_policy.on_policy_config(tmp_path)
   tiny_on_policy.run(c, tmp_path / "plain")
   questions = tmp_path / "words.jsonl"
