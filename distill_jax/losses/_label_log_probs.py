@@ -13,7 +13,7 @@ from distill_jax.types import Targets
 def check_temperature(temperature: float) -> None:
   """Raises InputError if records do not hold the label's log-probability at temperature 1."""
   if temperature != 1:
-    expected = "1, the temperature at which the student's texts are compared"
+    expected = "1, the temperature of the text's probability"
     raise bad_value("records.temperature", temperature, expected, "Record at temperature 1")
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.errors import bad_value
+from distill_jax.losses import _label_log_probs
 from distill_jax.losses._base import TokenLoss
 from distill_jax.losses.supports import SpanTargets
 from distill_jax.nn import fused_head
@@ -52,21 +53,17 @@ class Loss(TokenLoss):
     return (self.teacher,)
 
   def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
-    if temperature != 1:
-      expected = "1, the temperature of the text's probability"
-      raise bad_value("records.temperature", temperature, expected, "Record at temperature 1")
+    _label_log_probs.check_temperature(temperature)
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
     targets = batch.targets[self.teacher]
-    logq_BC = fused_head.label_logp(logits_BCV, batch.labels_BT)
     if not isinstance(targets, SpanTargets):
-      logp_BC, present_BC = targets.label_logp(logits_BCV, batch.labels_BT), targets.present()
-      assert logp_BC is not None
-      loss_BC = self._divergence(logp_BC, logq_BC)
-      return loss_BC if present_BC is None else jnp.where(present_BC, loss_BC, 0.0)
+      logp_BC, logq_BC = _label_log_probs.log_probs(targets, logits_BCV, batch.labels_BT)
+      return _label_log_probs.where_present(targets, self._divergence(logp_BC, logq_BC))
     # At each label, the value is that of its span, and the gradient is that of the label's term.
     assert targets.student_logp_BT is not None
+    logq_BC = fused_head.label_logp(logits_BCV, batch.labels_BT)
     logq_BC = targets.student_logp_BT + logq_BC - jax.lax.stop_gradient(logq_BC)
     loss_BC = self._divergence(targets.span_logp_BT, logq_BC)
     # The value of a span counts once, at its last label.

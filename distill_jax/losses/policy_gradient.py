@@ -71,9 +71,7 @@ class Loss(TokenLoss):
       assert rollout.reward_BT is not None
       advantage_BC += self.reward_weight * (rollout.reward_BT - self.baseline)
     ratio_BC = jnp.exp(logq_BC - rollout.behaviour_logp_BT)
-    low_BC, high_BC = (
-      jnp.maximum(ratio_BC, 1 - self.clip),
-      jnp.minimum(ratio_BC, 1 + self.clip),
-    )
+    low_BC = jnp.maximum(ratio_BC, 1 - self.clip)
+    high_BC = jnp.minimum(ratio_BC, 1 + self.clip)
     ratio_BC = jnp.where(advantage_BC > 0, high_BC, low_BC)
     return _label_log_probs.where_present(targets, -ratio_BC * advantage_BC)
