@@ -1,4 +1,4 @@
-"""A teacher that records the rows of several corpora, on the devices from the first row on."""
+"""A teacher on the devices, which records the rows of several corpora one after the other."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def feature_width(options: RecordsOptions, teacher: ModelSource) -> int:
 
 
 class LoadedTeacher:
-  """A teacher that computes the targets of any number of corpora, and is loaded when it is needed.
+  """A teacher that computes the targets of any number of corpora.
 
-  Its compiled programs outlive its weights, so that teachers can take turns on the devices.
+  Its weights are loaded when the first row is recorded, and again after `release`. The compiled
+  programs are kept, so teachers can take turns on the devices.
 
   Args:
     config: The config, with the seed and the options of `records`.
@@ -79,21 +80,20 @@ class LoadedTeacher:
     )
     self._source, self._mesh, self._keys = teacher, mesh, runs.keys(config.seed)
     self._student_rows = corpus.rows if isinstance(corpus.rows, StudentRows) else None
-    self._read = student_rows.read if self._student_rows else read
+    self._read = read if self._student_rows is None else student_rows.read
     self._runs: dict[int, jax.stages.Wrapped] = {}  # by the number of positions of a chunk
-    self._on_devices: tuple[Model, tuple[DenseTables, ...]] | None = None
+    self._loaded: tuple[Model, tuple[DenseTables, ...]] | None = None
 
   def release(self) -> None:
-    """Frees the memory of the weights. They are loaded again if rows are recorded."""
-    self._on_devices = None
+    """Frees the memory of the weights."""
+    self._loaded = None
 
   def _load(self) -> tuple[Model, tuple[DenseTables, ...]]:
     """Returns the model, and the tables for a student with another tokenizer."""
-    if self._on_devices is None:
-      model = self._source.load(self._mesh, self._keys["teacher"]).model
-      rows = self._student_rows
-      self._on_devices = model, (rows.on_devices(self._mesh),) if rows else ()
-    return self._on_devices
+    if self._loaded is None:
+      model, rows = self._source.load(self._mesh, self._keys["teacher"]).model, self._student_rows
+      self._loaded = model, () if rows is None else (rows.on_devices(self._mesh),)
+    return self._loaded
 
   def _dispatcher(self, corpus: Corpus, rows: Rows) -> Dispatch:
     """Returns a function that starts the computation on a batch of a corpus."""
@@ -120,7 +120,8 @@ class LoadedTeacher:
     if chunk not in self._runs:
       changed = dataclasses.replace(options, chunk=chunk)
       of_chunk = dataclasses.replace(self._pass, options=changed)
-      self._runs[chunk] = of_chunk.jitted_projection if self._student_rows else of_chunk.jitted
+      is_plain = self._student_rows is None
+      self._runs[chunk] = of_chunk.jitted if is_plain else of_chunk.jitted_projection
     return self._runs[chunk]
 
   def recorded(
