@@ -161,10 +161,8 @@ def decode_scalars(data: bytes, mask_T: np.ndarray, stored: Sequence[Field]) -> 
   """
   at_S = np.flatnonzero(mask_T)
   elias_fano.whole("bytes of scalars", len(data), 2 * len(at_S) * len(stored))
-  out = {}
-  for field, values_S in zip(
-    stored, np.frombuffer(data, "<f2").reshape(len(stored), len(at_S)), strict=True
-  ):
+  out, numbers_FS = {}, np.frombuffer(data, "<f2").reshape(len(stored), len(at_S))
+  for field, values_S in zip(stored, numbers_FS, strict=True):
     out[field.read] = np.zeros(len(mask_T), field.dtype)
     out[field.read][at_S] = values_S
   return out

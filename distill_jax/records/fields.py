@@ -75,7 +75,7 @@ IDS = Field("ids", np.int32, "TN", "TK", class_ids=True)
 LOGP = Field("logp", np.float32, "TN", "TK", empty=-np.inf)
 WEIGHT = Field("weight", np.float32, "", "TK")  # counts of the sampled ids over n
 ENTROPY = Field("entropy", np.float32, "T", "T", scalar=True)
-LABEL_LOGP = Field("label_logp", np.float32, "T", "T", scalar=True)
+LABEL_LOGP = Field("label_logp", np.float32, "T", "T", scalar=True)  # every kind but "text" has it
 ARGMAX = Field("argmax", np.int32, "T", "T", class_ids=True)
 BEHAVIOUR_LOGP = Field("behaviour_logp", np.float32, "T", "T", scalar=True)
 REWARD = Field("reward", np.float32, "T", "T", scalar=True)
@@ -129,7 +129,7 @@ class RecordSpec:
       )
     names = tuple(f.name for f in ROLLOUT)
     if self.rollout not in ((), names[:1], names):
-      expected = f"[], {[*names[:1]]} or {[*names]}"
+      expected = f"[], {list(names[:1])} or {list(names)}"
       raise bad_value("rollout.scalars", [*self.rollout], expected, "Correct it")
 
   @property
@@ -142,10 +142,9 @@ class RecordSpec:
     """Fields of the teacher's distribution in a record to be written."""
     if self.kind == "text":
       return ()
-    if self.kind == "labels":
-      return tuple(f for f in PREDICTED if f == LABEL_LOGP or (f == ENTROPY and self.entropy))
     absent = {WEIGHT} | ({LOGP} if not self.has_logp else set())
     absent |= {ENTROPY} if not self.entropy else set()
+    absent |= {IDS, ARGMAX} if self.kind == "labels" else set()
     return tuple(f for f in PREDICTED if f not in absent)
 
   @functools.cached_property

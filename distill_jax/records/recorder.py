@@ -217,14 +217,13 @@ def manifest_of(
     heldout_fraction=corpus.heldout_fraction,
     retargeted=corpus.retargeted,
   )
-  return manifest_lib.with_rollout(complete, corpus.rollout) if corpus.rollout else complete
+  return manifest_lib.with_rollout(complete, corpus.rollout)
 
 
 def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
   """Returns the contents of a record for a number of tokens or classes."""
   c = options
-  n = dict.fromkeys(fields.WITHOUT_ENTRIES, 0).get(c.kind, c.n)
-  n = vocab_size if c.kind == "dense" else n
+  n = {"dense": vocab_size, "labels": 0, "text": 0}.get(c.kind, c.n)
   return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not (c.logprobs or c.served))
 
 
