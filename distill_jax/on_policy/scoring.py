@@ -120,7 +120,7 @@ class Scorer:
       if served:
         served.check([part])
       runner: Teacher = served or self._runner(source, texts)
-      job.record("on_policy", [part], runner, mesh, "tokens scored")
+      job.record("on_policy", [part], runner, mesh, f"round {number}: score")
     return open_store(storage.location(folder), {"corpus": digest})
 
   def _options(self, texts: Corpus) -> RecordsOptions:

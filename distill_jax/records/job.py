@@ -125,16 +125,16 @@ def record(
   parts: Sequence[Part],
   teacher: Teacher | None,
   mesh: Mesh,
-  unit: str = "tokens",
+  work: str = "",
 ) -> None:
   """Records what is missing, and completes one store after the other.
 
   Args:
-    verb: The command, for the lines of progress.
+    verb: The command.
     parts: The stores.
     teacher: The teacher of all of them; None for rows that are stored without one.
     mesh: The device mesh.
-    unit: The unit of the lines of progress.
+    work: What the lines of progress name; "" for the command.
 
   Raises:
     InputError: A process of an earlier run has not written its shards, or a row cannot be recorded.
@@ -144,7 +144,7 @@ def record(
   total = sum(part.tokens for part in parts)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if total:
-      progress = stack.enter_context(Progress(verb, total, unit))
+      progress = stack.enter_context(Progress(work or verb, total))
     for part in parts:
       if part.missing:
         _write_on_all_processes(verb, part, teacher, progress)
