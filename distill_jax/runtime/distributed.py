@@ -192,12 +192,14 @@ class Preemption:
   """
 
   _active: ClassVar[list[Preemption]] = []
+  _signalled: ClassVar[bool] = False  # since the outermost of them began
   _checks: ClassVar[int] = 0  # in this process so far, by which the service numbers them
   _deferred: ClassVar[bool] = False
 
   def __enter__(self) -> Preemption:
     is_inner = bool(self._active)
-    self._signalled: bool = any(outer._signalled for outer in self._active)
+    if not is_inner:
+      Preemption._signalled = False
     self._active.append(self)
     self._single = jax.process_count() == 1
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -212,17 +214,15 @@ class Preemption:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
   def _on_signal(self, *_: object) -> None:
-    for preemption in list(self._active):  # other threads may end theirs
-      preemption._signalled = True
+    Preemption._signalled = True
 
   @classmethod
   def request(cls) -> None:
     """Asks all processes to stop at their next check, as SIGTERM does."""
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)  # to jax's preemption service
-      return
-    for preemption in list(cls._active):
-      preemption._signalled = True
+    else:
+      Preemption._signalled = True
 
   @classmethod
   @contextlib.contextmanager
@@ -242,15 +242,14 @@ class Preemption:
       return self._signalled
     Preemption._checks += 1
     if multihost_utils.reached_preemption_sync_point(Preemption._checks):  # it is True only once
-      for preemption in self._active:
-        preemption._signalled = True
+      Preemption._signalled = True
     return self._signalled
 
   @classmethod
   def signalled(cls) -> bool:
     """Returns True if the only process of a run shall stop, for work that waits for others."""
     is_single = jax.process_count() == 1 and not cls._deferred
-    return is_single and any(preemption._signalled for preemption in cls._active)
+    return is_single and bool(cls._active) and cls._signalled
 
   @staticmethod
   def stop(verb: str, kept: str) -> Preempted:
