@@ -105,7 +105,7 @@ def place(model: Model, compute: ComputeConfig, mesh: Mesh, decoding: DecodingOp
   need = memory(model, compute, mesh, divisible(decoding, mesh))
   limit = _memory_to_decode(mesh, bytes_per_device(model))
   if decoding.gather == AUTO and need.stored < need.gathered and not need.fits(limit):
-    _say_once(_why_not(need, limit))
+    _print_once(_why_not(need, limit))
     return unroll(model, compute)
   return unroll(model, compute, "storage" if decoding.gather == PER_TOKEN else "compute")
 
@@ -121,14 +121,13 @@ def check(decoding: DecodingOptions) -> None:
 
 
 def _memory_to_decode(mesh: Mesh, model: int) -> int:
-  """Returns the memory that other arrays than the model leave, or 0 if a device does not tell.
+  """Returns the bytes left for decoding on the fullest device of any process; 0 if unknown.
 
-  It is that of the fullest device of any process. Others are there in training: its state, and the
-  teachers.
+  Arrays other than the model, such as the state and the teachers of training, stay in memory.
 
   Args:
     mesh: The devices.
-    model: The bytes per device of the model, which is deleted.
+    model: The bytes per device of the model, which is deleted when its decoding copy is made.
   """
   stats = [d.memory_stats() or {} for d in mesh.local_devices]
   left = (s.get("bytes_limit", 0) - max(0, s.get("bytes_in_use", 0) - model) for s in stats)
@@ -137,8 +136,8 @@ def _memory_to_decode(mesh: Mesh, model: int) -> int:
 
 
 @functools.cache
-def _say_once(line: str) -> None:
-  """Prints a line, on process 0, also if several models or rounds are decoded."""
+def _print_once(line: str) -> None:
+  """Prints a line on process 0 once, even if several models or rounds are decoded."""
   if distributed.is_process_0():
     print(line, file=sys.stderr)
 

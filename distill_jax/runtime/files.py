@@ -52,10 +52,10 @@ def info(path: str | os.PathLike[str]) -> FileInfo | None:
 
 
 def listing(folder: str | os.PathLike[str], pattern: str = "*") -> dict[str, FileInfo]:
-  """Returns the files directly in a folder, sorted by name (1,000 per request); {} without it.
+  """Returns the files directly in a folder, by name, sorted; {} if it does not exist.
 
   Args:
-    folder: The folder.
+    folder: The folder. A store lists 1,000 files per request.
     pattern: The names to return, as a shell pattern, e.g. "*.jsonl".
   """
   found = _children(folder)[0]

@@ -117,7 +117,7 @@ def test_no_weights_are_gathered_in_a_step_on_tpus():
 
 @pytest.mark.parametrize("limit, once", [(0, False), (2**20, True), (1_000, False)])
 def test_auto_gathers_once_if_it_fits(limit, once, monkeypatch, capsys):
-  placement._say_once.cache_clear()
+  placement._print_once.cache_clear()
   model, mesh = random_model(), sharding.make_mesh(fsdp=4)
   monkeypatch.setattr(placement, "_memory_to_decode", lambda mesh, model: limit)
   need = placement.memory(model, COMPUTE, mesh, OPTIONS)
@@ -135,16 +135,16 @@ def test_other_arrays_leave_less_memory():
   """In training, the state and the teachers are in memory, and a copy of the student."""
   GiB, mesh = placement.GiB, types.SimpleNamespace(local_devices=[])
 
-  def of_devices(*stats):
+  def gib_left(*stats):
     mesh.local_devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
     return placement._memory_to_decode(mesh, 2 * GiB) / GiB
 
-  assert of_devices({"bytes_limit": 16 * GiB, "bytes_in_use": 2 * GiB}) == 16
+  assert gib_left({"bytes_limit": 16 * GiB, "bytes_in_use": 2 * GiB}) == 16
   training = {"bytes_limit": 16 * GiB, "bytes_in_use": 7 * GiB}
-  assert of_devices(training) == 11
-  assert of_devices(training, {"bytes_limit": 16 * GiB, "bytes_in_use": 9 * GiB}) == 9
-  assert of_devices({"bytes_limit": 16 * GiB}) == 16
-  assert of_devices(None) == 0
+  assert gib_left(training) == 11
+  assert gib_left(training, {"bytes_limit": 16 * GiB, "bytes_in_use": 9 * GiB}) == 9
+  assert gib_left({"bytes_limit": 16 * GiB}) == 16
+  assert gib_left(None) == 0
 
 
 def test_one_group_of_devices_has_nothing_to_gather(capsys):
