@@ -77,7 +77,7 @@ class RoundsFeed:
   def __init__(self, config: Config, folder: Path, student: ModelSource, mesh: Mesh):
     round_schedule.check(config)
     run_setup.check(config)
-    self._options, self._run_config, self._folder = config.on_policy, config, folder
+    self._options, self._folder = config.on_policy, folder
     self._tokenizer = corpus.tokenizer_of(config.data, student.pretrained)
     self._student, self._mesh, self._keys = student, mesh, runs.keys(config.seed)
     self._rollouts = Rollouts(config, student, mesh, folder)
@@ -88,7 +88,7 @@ class RoundsFeed:
     self._sources = run_setup.sources(config, {TEACHER: None} | dict.fromkeys(names))
     self._several_teachers = len(names) > 1
     teachers = {name: self._sources[name] for name in names}
-    self._scores = None if config.train.online else self._open_scores(teachers)
+    self._scores = None if config.train.online else self._open_scores(config, teachers)
     for sentence in checks.check(config, student, teachers):
       if distributed.is_process_0():
         print(sentence, file=sys.stderr)
@@ -104,9 +104,8 @@ class RoundsFeed:
     self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
     self._batch_rows = sharding.rows(mesh, config.train.batch_size)
 
-  def _open_scores(self, teachers: Mapping[str, ModelSource]) -> RoundScores:
+  def _open_scores(self, config: Config, teachers: Mapping[str, ModelSource]) -> RoundScores:
     """Returns the scores of rounds, after checking that the teachers can score them."""
-    config = self._run_config
     scorer = Scorer(config, self._student, teachers, self._mesh, self._folder)
     scorer.check()
     # The processes of a run talk to each other in order, so that only one can have two threads.
@@ -114,9 +113,9 @@ class RoundsFeed:
     is_served = bool(config.generate.server.urls)
     return RoundScores(scorer.score, ahead=is_served and is_alone and config.on_policy.lag > 0)
 
-  def open(self, step: Step, train_inputs: TrainInputs, start: int, saved: JsonObject) -> None:
+  def open(self, step: Step, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Loads further teachers of the step, and begins to read records; see `Feed.open`."""
-    self._start, self._base, self._fixed = start, train_inputs.base, train_inputs.teachers
+    self._start, self._base, self._fixed = start, inputs.base, inputs.teachers
     self._teachers = {name: self._loaded(name) for name in self._sources}
     self._diagnose = diagnosis.jitted(step, self._mesh)
     # The fingerprint of the student that samples or has sampled the texts of a round, by round.
@@ -125,7 +124,7 @@ class RoundsFeed:
     self._folders.protect(self._schedule.already_sampled(start))
     if self._records:
       before = plan.records_before(start, self._options.records_fraction)
-      self._of_records = stores.device_batches(self._run_config, self._records, self._mesh, before)
+      self._of_records = stores.device_batches(self.config, self._records, self._mesh, before)
 
   def _loaded(self, name: str) -> Teachers:
     """Returns the teachers in the steps of a teacher's texts, by their names in a batch."""
@@ -133,7 +132,7 @@ class RoundsFeed:
       return self._fixed
     model = self._sources[name].load(self._mesh, self._keys["teacher"]).model
     planned = [self._planned_of(name)]
-    return with_tables({TEACHER: model}, self._run_config, planned, self._mesh)
+    return with_tables({TEACHER: model}, self.config, planned, self._mesh)
 
   def _planned_of(self, name: str) -> OneStore:
     """Returns a stand-in for the texts of a teacher, as a teacher in the step reads them."""
