@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import sys
 import time
 from collections import Counter
@@ -36,9 +35,10 @@ from distill_jax.generation.scheduler import Scheduler, Task
 from distill_jax.models import DecoderConfig
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.on_policy import plan as plan_lib
-from distill_jax.on_policy import prompt_index, rewards, round_counts
+from distill_jax.on_policy import prompt_index, rewards, round_counts, round_folders
 from distill_jax.on_policy.plan import Plan
 from distill_jax.on_policy.prompt_index import TEACHER, PromptIndex
+from distill_jax.on_policy.round_folders import FOLDER, folder_of
 from distill_jax.on_policy.round_writer import ROLLOUTS, RoundWriter, Row
 from distill_jax.records import fields, recorder
 from distill_jax.records import manifest as manifest_lib
@@ -50,10 +50,8 @@ from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
-FOLDER = "rounds"  # in the folder of a run
 PROMPTS = "prompts.npz"  # in it: the places of the prompts
 SUMMARY = "rollouts.json"  # in the folder of a round
-DELETED = "deleted"  # in the folder of a round that is being deleted
 READ_AT_ONCE = 64  # texts whose prompts are read together
 
 Missing = list[tuple[str, range]]  # the shards to write: the teacher, and the rows
@@ -257,31 +255,10 @@ class Rollouts:
     round_counts.check(self._config.on_policy, number, found["reasons"], found["texts"])
 
 
-def folder_of(folder: Path, number: int, teacher: str = "") -> Path:
-  """Returns the folder of a round in the folder of a run, or that of a teacher's stores in it."""
-  return folder / FOLDER / f"{number:05d}" / teacher
-
-
-def delete_round(folder: Path, number: int) -> None:
-  """Deletes the texts and scores of a round from the folder of a run. Process 0 calls it."""
-  _delete(folder_of(folder, number))
-
-
-def _delete(folder: Path) -> None:
-  """Deletes the folder of a round. If this is stopped, `_discard_others` ends it."""
-  where = storage.location(folder)
-  with writing(where):
-    files.write(files.join(where, DELETED), b"")
-  for name in files.folders(where):  # before the file that marks them
-    files.remove_tree(files.join(where, name))
-  files.remove_tree(where)
-  shutil.rmtree(folder, ignore_errors=True)  # the mirror of a URL
-
-
 def _discard_others(folder: Path, manifests: Mapping[str, Manifest]) -> None:
   """Deletes a round whose texts were sampled by other weights, or that was partly deleted."""
-  if files.info(files.join(storage.location(folder), DELETED)) is not None:
-    _delete(folder)
+  if round_folders.is_partly_deleted(folder):
+    round_folders.delete(folder)
     return
   for name, want in manifests.items():
     found = manifest_lib.find(storage.location(folder / name / ROLLOUTS))
@@ -291,7 +268,7 @@ def _discard_others(folder: Path, manifests: Mapping[str, Manifest]) -> None:
         "deleted and sampled again.",
         file=sys.stderr,
       )
-      _delete(folder)
+      round_folders.delete(folder)
       return
 
 

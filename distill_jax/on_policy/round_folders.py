@@ -1,13 +1,17 @@
-"""The folders of rounds, of which the old ones are deleted."""
+"""The folders of rounds: their places, and the deletion of old ones."""
 
 from __future__ import annotations
 
 import collections
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from distill_jax.on_policy.rollouts import FOLDER, delete_round
+from distill_jax.records.shard_writer import writing
 from distill_jax.runtime import distributed, files, storage
+
+FOLDER = "rounds"  # in the folder of a run
+DELETED = "deleted"  # file in the folder of a round that is being deleted
 
 
 class RoundFolders:
@@ -49,5 +53,26 @@ class RoundFolders:
   def _delete_before(self, number: int) -> None:
     needed = {i for rounds in self._needed for i in rounds}
     for old in sorted(i for i in self._there - needed if i <= number - self._keep):
-      delete_round(self._folder, old)
+      delete(folder_of(self._folder, old))
       self._there.remove(old)
+
+
+def folder_of(folder: Path, number: int, teacher: str = "") -> Path:
+  """Returns the folder of a round in the folder of a run, or that of a teacher's stores in it."""
+  return folder / FOLDER / f"{number:05d}" / teacher
+
+
+def delete(folder: Path) -> None:
+  """Deletes the folder of a round. If this is stopped, `is_partly_deleted` shows it."""
+  where = storage.location(folder)
+  with writing(where):
+    files.write(files.join(where, DELETED), b"")
+  for name in files.folders(where):  # before the file that marks them
+    files.remove_tree(files.join(where, name))
+  files.remove_tree(where)
+  shutil.rmtree(folder, ignore_errors=True)  # the mirror of a URL
+
+
+def is_partly_deleted(folder: Path) -> bool:
+  """Returns whether the folder of a round is what a stopped `delete` has left of it."""
+  return files.info(files.join(storage.location(folder), DELETED)) is not None

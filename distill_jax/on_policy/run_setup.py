@@ -13,7 +13,7 @@ from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy.prompt_index import TEACHER
-from distill_jax.on_policy.rollouts import FOLDER
+from distill_jax.on_policy.round_folders import FOLDER
 from distill_jax.records import fields, manifest, recorder
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Store

@@ -30,7 +30,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.on_policy import other_tokens
 from distill_jax.on_policy.other_tokens import OtherTokens
-from distill_jax.on_policy.rollouts import folder_of
+from distill_jax.on_policy.round_folders import folder_of
 from distill_jax.records import job, manifest, tap_features
 from distill_jax.records.job import Teacher
 from distill_jax.records.loaded_teacher import LoadedTeacher

@@ -38,7 +38,7 @@ from distill_jax.runtime import files, remote_files
 REMOTE = ".remote"  # file in a mirror that holds its URL
 # Names in a workdir that are not mirrored: checkpoints (orbax), stores (records/writer.py), the
 # places in a corpus at which their shards begin (records/packed_text.py), the statistics of their
-# shards (cross_tokenizer/summary.py), and texts with their scores (on_policy/rollouts.py).
+# shards (cross_tokenizer/summary.py), and texts with their scores (on_policy/round_folders.py).
 ELSEWHERE = (
   ".*",
   "checkpoints",

@@ -20,7 +20,7 @@ from distill_jax.models import loading
 from distill_jax.nn import logits as logits_lib
 from distill_jax.nn import sharding
 from distill_jax.on_policy import other_tokens
-from distill_jax.on_policy.rollouts import folder_of
+from distill_jax.on_policy.round_folders import folder_of
 from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import collate, manifest, student_rows
 from distill_jax.records.multi_teacher import MultiTeacherStore

@@ -21,8 +21,8 @@ from distill_jax.data import model_rows
 from distill_jax.errors import InputError, Preempted
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
-from distill_jax.on_policy import rewards
-from distill_jax.on_policy.rollouts import Rollouts, delete_round, folder_of
+from distill_jax.on_policy import rewards, round_folders
+from distill_jax.on_policy.rollouts import Rollouts
 from distill_jax.on_policy.round_writer import RoundWriter
 from distill_jax.records.store import Writer, open_store
 from distill_jax.runtime import distributed, files, storage
@@ -179,18 +179,18 @@ def test_texts_of_other_weights_are_sampled_again(whole, folder, capsys):
   path = folder / "again"
   run = Run(made(folder), path, seed=1)
   old = digests(run())
-  scores = folder_of(path, 0, "teacher") / "records"
+  scores = round_folders.folder_of(path, 0, "teacher") / "records"
   scores.mkdir()
   assert old != digests(whole[1])
   run._seed = 0
   stores = run(fingerprint="g")
   assert "are of other weights of the student" in capsys.readouterr().err
   assert not scores.exists() and stores["b"].manifest.rollout["student"] == "g"
-  same = open_store(folder_of(folder / "whole", 0, "b") / "rollouts")
+  same = open_store(round_folders.folder_of(folder / "whole", 0, "b") / "rollouts")
   tokens = [[row["tokens_T"].tolist() for row in store] for store in (stores["b"], same)]
   assert tokens[0] == tokens[1]
-  delete_round(path, 0)
-  assert not folder_of(path, 0).exists()
+  round_folders.delete(round_folders.folder_of(path, 0))
+  assert not round_folders.folder_of(path, 0).exists()
 
 
 def test_a_round_that_is_partly_deleted_is_sampled_again(whole, folder, monkeypatch):
@@ -203,7 +203,7 @@ def test_a_round_that_is_partly_deleted_is_sampled_again(whole, folder, monkeypa
   with monkeypatch.context() as patch:
     patch.setattr(files, "remove_tree", killed)
     with pytest.raises(Stop):
-      delete_round(path, 0)
+      round_folders.delete(round_folders.folder_of(path, 0))
   assert digests(Run(made(folder), path)()) == digests(whole[1])
 
 
@@ -369,9 +369,8 @@ def test_texts_do_not_depend_on_the_number_of_processes(folder, tmp_path):
     assert not any(worker.returncode for worker in workers), said
   for number in range(2):
     for name in ("teacher", "b"):
-      one, two = (
-        open_store(folder_of(tmp_path / str(count), number, name) / "rollouts") for count in (1, 2)
-      )
+      of_counts = [round_folders.folder_of(tmp_path / count, number, name) for count in "12"]
+      one, two = (open_store(path / "rollouts") for path in of_counts)
       assert len(one) == len(two) == 8
       for row, want in zip(two, one, strict=True):
         np.testing.assert_array_equal(row["tokens_T"], want["tokens_T"])

@@ -14,7 +14,7 @@ from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.models import loading
 from distill_jax.nn import sharding
-from distill_jax.on_policy.rollouts import folder_of
+from distill_jax.on_policy.round_folders import folder_of
 from distill_jax.on_policy.scoring import Scorer
 from distill_jax.records import manifest
 from distill_jax.records.store import open_store
