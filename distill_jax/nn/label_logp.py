@@ -32,5 +32,7 @@ def of_rows(
     logits_BCV = fused_head.cap_and_select(logits_BCV, soft_cap, piece.class_range_BT2)
     return fused_head.label_logp(logits_BCV, piece.labels_BT)
 
-  where = (chunk, vocab_size, batch_axes, seq_axis)
-  return fused_head.each(of_chunk, hidden_BTD, head_VD, batch.replace(targets={}), *where)
+  batch = batch.replace(targets={})
+  return fused_head.each(
+    of_chunk, hidden_BTD, head_VD, batch, chunk, vocab_size, batch_axes, seq_axis
+  )
