@@ -1,12 +1,12 @@
 """Texts that a student wrote, aligned with the teacher's tokens of them.
 
-The student's tokens are the sampled ones, also where its tokenizer would spell the text with other
+The student's tokens are the sampled ones, even where its tokenizer would spell the text with other
 tokens: a text is never tokenized again for the student. The teacher's tokens are those that its own
 tokenizer makes of the text; a prompt in the form of the student's chat template gets the teacher's.
 
-A generated token has a target if the teacher's tokens cover its bytes. Tokens after a control token
-inside of a text, or from bytes on that do not decode to text, have none: the teacher cannot read
-them.
+A generated token has a target if the teacher's tokens cover its bytes. The teacher reads a text up
+to the first control token inside of it, or the first bytes that do not decode to text. The tokens
+from there on have no targets.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ class StudentTexts:
 
 
 def _in_order(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns ascending places, where tokens without bytes of the text are where the last one ends.
+  """Returns ascending places for tokens of which some have no bytes of the text.
 
-  Such are the tokens of the teacher's chat template.
+  These, e.g. the tokens of the teacher's chat template, are placed at the end of those before them.
   """
   is_empty = end <= start
   if not is_empty.any():
@@ -154,9 +154,9 @@ def _in_order(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _is_covered(aligned: Aligned, known_G: np.ndarray) -> np.ndarray:
-  """Returns True for the student's tokens whose bytes are those of tokens that are predicted.
+  """Returns True for the student's tokens whose bytes all are in tokens that the teacher predicts.
 
-  Bytes of an answer that share a token with the teacher's chat template are not.
+  Bytes of an answer that share a token with the teacher's chat template are in none.
   """
   start_H, end_H, g_H = aligned.start_H, aligned.end_H, aligned.g_H
   start_G, end_G = aligned.start_G, aligned.end_G
