@@ -36,6 +36,7 @@ from distill_jax.preflight import (
 from distill_jax.preflight.decoding import Decoder
 from distill_jax.preflight.topology import Hardware
 from distill_jax.retarget.options import RetargetOptions
+from distill_jax.training.state import online_teachers
 from distill_jax.types import JsonObject
 
 GENERATE, SCORE, TRAIN = "generate", "score", "train"  # the parts of a round
@@ -83,8 +84,9 @@ class OtherTeachers(NamedTuple):
 
   Attributes:
     weights: Bytes per device. With train.online, all `teachers` are in memory; with stored scores,
-      one teacher at a time, which stays until another one scores.
-    seconds: The lower bound for the scores of a round, without the time to load teachers.
+      the largest teacher, since one at a time is.
+    seconds: The lower bound for the scores of a round, as if `teacher` gave all of them, without
+      the time to load teachers.
   """
 
   weights: int = 0
@@ -277,10 +279,12 @@ def _others(
   """
   if config.generate.server.urls and not config.train.online:
     return OtherTeachers()
+  named = online_teachers(config)
+  others = [estimate.model_bytes(named[name], mesh) for name in config.teachers]
+  if config.train.online:
+    return OtherTeachers(sum(others))
   source = loading.open_source(config.teacher, config.seed)
   weights = estimate.model_bytes(source, mesh)
-  if config.train.online:
-    return OtherTeachers(weights * len(config.teachers))
   run, rows = as_training(config), config.records.batch_size
   sharding.check_batch("records.batch_size", rows, mesh)
   dtype = jnp.dtype(run.teacher.dtype)
@@ -294,4 +298,4 @@ def _others(
   operations = flops.step_flops(run, "record", rows)
   bound = roofline.speed(run, "record", hardware, mesh, operations, weights, sent)
   seconds = -(-texts.rows // rows) * bound["step_seconds_bound"]
-  return OtherTeachers(weights, seconds)
+  return OtherTeachers(max([weights, *others]), seconds)

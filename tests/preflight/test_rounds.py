@@ -14,7 +14,7 @@ from distill_jax import config
 from distill_jax.commands import preflight
 from distill_jax.errors import InputError
 from distill_jax.generation import placement
-from distill_jax.models import loading
+from distill_jax.models import llama, loading
 from distill_jax.nn import params, sharding
 from distill_jax.preflight import chips, flops, rounds, step_estimate, topology
 
@@ -143,6 +143,31 @@ def test_all_online_teachers_are_in_memory_and_one_is_in_a_step(live, monkeypatc
   for part in ("generate", "train"):
     assert two["bytes_per_device"][part]["teachers"] == teacher
     assert two["peak_bytes_per_device"][part] == one["peak_bytes_per_device"][part] + teacher
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_teachers_of_other_sizes_have_their_own_bytes(tmp_path, monkeypatch, online):
+  """With stored scores, the bytes are those of the largest teacher."""
+  folders = {}
+  for name, width in (("narrow", 128), ("wide", 4096)):
+    folders[name] = tmp_path / name
+    folders[name].mkdir()
+    shape = dataclasses.replace(llama.CONFIGS["tiny"], intermediate_size=width)
+    (folders[name] / "config.json").write_text(json.dumps(shape.to_hf()))
+  narrow, wide = (str(folder) for folder in folders.values())
+
+  def generating(source, **teachers):
+    changes = {"train.online": online, "teacher.source": source, "teacher.shape": ""}
+    r, _ = estimated(monkeypatch, **changes, teachers=teachers)
+    return r["bytes_per_device"]["generate"]
+
+  small, large = generating(narrow), generating(wide)
+  assert large["teacher"] > 2 * small["teacher"]
+  if online:
+    assert generating(narrow, other=wide) == small | {"teachers": large["teacher"]}
+    assert generating(wide, other=narrow) == large | {"teachers": small["teacher"]}
+  else:
+    assert generating(narrow, other=wide) == generating(wide, other=narrow) == large
 
 
 def test_servers_score_at_their_own_speed(monkeypatch):
