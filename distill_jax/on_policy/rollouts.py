@@ -137,7 +137,6 @@ class Rollouts:
       **dataclasses.asdict(job.sampling),
       **{key: getattr(job, key) for key in ("max_new_tokens", "stop", "repetition")},
     }
-    scalars = fields.ROLLOUT[: 1 if self._judge is None else 2]
     return manifest_lib.with_rollout(
       dataclasses.replace(
         planned,
@@ -148,7 +147,7 @@ class Rollouts:
         "round": number,
         "student": fingerprint,
         "sampling": json.loads(json.dumps(sampling)),
-        "scalars": [f.name for f in scalars],
+        "scalars": fields.rollout_scalars(self._judge is not None),
       },
     )
 

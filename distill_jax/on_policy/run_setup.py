@@ -102,7 +102,7 @@ def planned_store(
     corpus=prompts,
     teacher={"digest": digest} if digest and options.kind != "text" else {},
   )
-  scalars = [f.name for f in fields.ROLLOUT][: 2 if config.on_policy.reward else 1]
+  scalars = fields.rollout_scalars(bool(config.on_policy.reward))
   rollout = {"round": 0, "student": "", "sampling": {}, "scalars": scalars}
   where = folder / FOLDER
   return MultiTeacherStore(Store(where, manifest.with_rollout(planned, rollout)), {})

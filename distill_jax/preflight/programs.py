@@ -83,10 +83,10 @@ def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
   """
   if verb == "record":
     return _record(config, mesh)
-  rewards = ["reward"] if config.on_policy.reward else []
-  scalars = {"scalars": ["behaviour_logp", *rewards]}
-  rollout: JsonObject = {"round": 0, "student": "", "sampling": {}} | scalars
-  return _train(config, mesh, rollout if verb == "on_policy" else {})
+  if verb == "train":
+    return _train(config, mesh, {})
+  scalars = fields.rollout_scalars(bool(config.on_policy.reward))
+  return _train(config, mesh, {"round": 0, "student": "", "sampling": {}, "scalars": scalars})
 
 
 def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) -> Manifest:

@@ -91,6 +91,11 @@ WITHOUT_TARGETS = (*TEXT, *TASK, SMOOTHING, *(f.record for f in ROLLOUT))
 CLASS_IDS = ("labels_T", *(f.read for f in PREDICTED if f.class_ids))
 
 
+def rollout_scalars(has_reward: bool) -> list[str]:
+  """Returns the names of the stored numbers of a rollout: Manifest.rollout["scalars"]."""
+  return [field.name for field in ROLLOUT if has_reward or field is not REWARD]
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordSpec:
   """The contents of a record, equal for all records of a store.
