@@ -27,6 +27,7 @@ from distill_jax.generation.prompts import Message, Prompts, model_input
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models.loading import ModelSource
+from distill_jax.on_policy import run_setup
 
 COMPARED = 16  # prompts that are rendered by the templates of student and teacher
 AROUND = 24  # characters shown before and after a difference of two texts
@@ -70,9 +71,7 @@ def check(config: Config, student: ModelSource, teachers: Mapping[str, ModelSour
     InputError: A text would not end, or a teacher would score another text than the student's.
   """
   _check_options(config)
-  job = dataclasses.replace(
-    GenerationJob.from_config(config), model=config.student, open_model=lambda: student
-  )
+  job = run_setup.sampling_job(config, student)
   tokenizer = corpus.tokenizer_of(config.data, student.pretrained)
   check_vocabulary(tokenizer.vocab_size, student.text_config.vocab_size, tokenizer.where)
   first = itertools.islice(Prompts(job).read(), COMPARED)

@@ -28,14 +28,12 @@ from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.generation import local, placement
-from distill_jax.generation.job import GenerationJob
-from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.prompts import Prompts
 from distill_jax.generation.scheduler import Scheduler, Task
 from distill_jax.models import DecoderConfig
 from distill_jax.models.loading import LoadedModel, ModelSource
 from distill_jax.on_policy import plan as plan_lib
-from distill_jax.on_policy import prompt_index, rewards, round_counts, round_folders
+from distill_jax.on_policy import prompt_index, rewards, round_counts, round_folders, run_setup
 from distill_jax.on_policy.plan import Plan
 from distill_jax.on_policy.prompt_index import TEACHER, PromptIndex
 from distill_jax.on_policy.round_folders import FOLDER, folder_of
@@ -50,7 +48,7 @@ from distill_jax.runtime import distributed, files, json_io, storage
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject
 
-PROMPTS = "prompts.npz"  # in it: the places of the prompts
+PROMPTS = "prompts.npz"  # in the folder of rounds: the places of the prompts
 SUMMARY = "rollouts.json"  # in the folder of a round
 READ_AT_ONCE = 64  # texts whose prompts are read together
 
@@ -74,12 +72,7 @@ class Rollouts:
 
   def __init__(self, config: Config, student: ModelSource, mesh: Mesh, folder: Path):
     self._config, self._student, self._mesh, self._folder = config, student, mesh, folder
-    self._job = dataclasses.replace(
-      GenerationJob.from_config(config),
-      model=student.options,
-      open_model=lambda: student,
-      server=ServerOptions(),
-    )
+    self._job = run_setup.sampling_job(config, student)
 
   def check(self) -> None:
     """Checks everything that can be checked before weights are read. All processes call it.

@@ -9,6 +9,8 @@ from pathlib import Path
 from distill_jax.config import Config
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
+from distill_jax.generation.job import GenerationJob
+from distill_jax.generation.options import ServerOptions
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -60,6 +62,16 @@ def sources(config: Config, names: Iterable[str]) -> dict[str, ModelSource]:
   }
   options |= {TEACHER: config.teacher}
   return {name: loading.open_source(options[name], config.seed) for name in names}
+
+
+def sampling_job(config: Config, student: ModelSource) -> GenerationJob:
+  """Returns the job of sampling texts from the student, which runs on local devices."""
+  return dataclasses.replace(
+    GenerationJob.from_config(config),
+    model=student.options,
+    open_model=lambda: student,
+    server=ServerOptions(),
+  )
 
 
 def as_training(config: Config, folder: Path) -> Config:
