@@ -28,6 +28,8 @@ class Server(ThreadingHTTPServer):
     faults: The faults of a prompt's next requests, by prompt. With `forever`, the first one stays.
     forever: See `faults`.
     asked: The (time, prompt, seed) of each request for a sample.
+    bodies: The JSON of each of these requests.
+    paths: The path of each of these requests.
     answered: The number of complete responses, by (prompt, seed).
     most: The maximum number of concurrent requests.
     refused: The number of requests with a wrong key.
@@ -45,6 +47,7 @@ class Server(ThreadingHTTPServer):
     self.forever, self.model = False, "big"
     self.asked: list[tuple[float, str, int]] = []
     self.bodies: list[dict[str, Any]] = []
+    self.paths: list[str] = []
     self.answered: collections.Counter = collections.Counter()
     self.now = self.most = self.refused = 0
     self.lock = threading.Lock()
@@ -126,10 +129,11 @@ class Handler(BaseHTTPRequestHandler):
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
     if not self._let_in():
       return
-    prompt = text_of(body)
+    prompt, seed = self._prompt_and_seed(body)
     with s.lock:
-      s.asked.append((time.monotonic(), prompt, body["seed"]))
+      s.asked.append((time.monotonic(), prompt, seed))
       s.bodies.append(body)
+      s.paths.append(self.path)
       s.now += 1
       s.most = max(s.most, s.now)
       todo = s.faults[prompt]
@@ -137,10 +141,16 @@ class Handler(BaseHTTPRequestHandler):
     try:
       if s.together:
         s.together.wait(60)
-      self._fault(fault, body) if fault else self._answer(body)
+      self._respond(body, fault)
     finally:
       with s.lock:
         s.now -= 1
+
+  def _prompt_and_seed(self, body) -> tuple[Any, int]:
+    return text_of(body), body["seed"]
+
+  def _respond(self, body, fault: str):
+    self._fault(fault, body) if fault else self._answer(body)
 
   def _answer(self, body):
     self.server.answered[text_of(body), body["seed"]] += 1

@@ -5,18 +5,17 @@ compute the right answers themselves with `logp`.
 """
 
 import base64
-import collections
 import functools
 import io
-import json
 import math
-import time
 
 import bad_server
 import numpy as np
 
 VOCAB = 256
 MAX_LOGPROBS = 20
+# Faults of a server that is not quite right; others are those of bad_server.
+DAMAGES = ("short", "other tokens", "no label", "none", "nan", "positive", "impossible", "heavy")
 
 
 def logp(context, vocab=VOCAB, seed=0):
@@ -43,10 +42,6 @@ class Server(bad_server.Server):
     seed: The seed of the model.
     noise: Size of random changes of log-probabilities, other ones in each response.
     change: Changes the JSON of a response before it is sent.
-
-  Attributes:
-    scored: The number of complete responses, by path and tokens.
-    paths: The path of each request.
   """
 
   def __init__(
@@ -68,10 +63,7 @@ class Server(bad_server.Server):
     self.has_token_ids, self.encode, self.render = has_token_ids, encode, render
     self.max_len, self.vocab, self.seed, self.noise = max_len, vocab, seed, noise
     self.change = change or (lambda answer: answer)
-    self.scored: collections.Counter = collections.Counter()
-    self.paths: list[str] = []
     self.random = np.random.default_rng(1)
-    self.pause = 0.0
 
   def rows(self, tokens):
     """The log-probabilities at each token of a text but the first."""
@@ -94,31 +86,14 @@ class Handler(bad_server.Handler):
       card = {"id": s.model, "owned_by": s.owner, "max_model_len": s.max_len}
       self._send(200, {"data": [card]}, no=not s.owner)
 
-  def do_POST(self):
-    s = self.server
-    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-    if not self._let_in():
-      return
-    tokens = self._tokens(body)
-    with s.lock:
-      s.bodies.append(body)
-      s.paths.append(self.path)
-      s.asked.append((time.monotonic(), tuple(tokens or ()), 0))
-      s.now += 1
-      s.most = max(s.most, s.now)
-      todo = s.faults[tuple(tokens or ())]
-      fault = (todo[0] if s.forever else todo.pop(0)) if todo else ""
-    try:
-      if s.together:
-        s.together.wait(60)
-      time.sleep(s.pause)
-      if fault in bad_server_faults:
-        self._fault(fault, body)
-      else:
-        self._score(body, tokens, fault)
-    finally:
-      with s.lock:
-        s.now -= 1
+  def _prompt_and_seed(self, body):
+    return tuple(self._tokens(body) or ()), 0
+
+  def _respond(self, body, fault):
+    if fault and fault not in DAMAGES:
+      self._fault(fault, body)
+    else:
+      self._score(body, self._tokens(body), fault)
 
   def _tokens(self, body):
     prompt = body.get("prompt", body.get("token_ids", body.get("input_ids", body.get("text"))))
@@ -139,10 +114,7 @@ class Handler(bad_server.Handler):
       "/inference/v1/generate": self._token_ids,
       "/generate": self._sglang,
     }[self.path](body, tokens)
-    answer = s.change(damaged(answer, fault))
-    with s.lock:
-      s.scored[self.path, tuple(tokens)] += 1
-    self._send(200, answer)
+    self._send(200, s.change(damaged(answer, fault)))
 
   def _paths(self):
     if self.server.owner == "sglang":
@@ -199,23 +171,8 @@ class Handler(bad_server.Handler):
     return {"text": "", "meta_info": info | {"output_token_logprobs": [[-1.0, 5, None]]}}
 
 
-bad_server_faults = (
-  "429 0.1",
-  "429",
-  "500",
-  "503",
-  "close",
-  "cut",
-  "truncated",
-  "silent",
-  "engine died",
-  "no choices",
-  "400",
-)
-
-
 def damaged(answer, fault):
-  """A response with one of the faults of a server that is not quite right."""
+  """A response with one of DAMAGES; "": without."""
   if not fault:
     return answer
   logprobs = answer["choices"][0]["prompt_logprobs"]
