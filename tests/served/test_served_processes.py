@@ -40,6 +40,13 @@ def made(tmp_path):
     yield server, file, c
 
 
+def in_two_processes(file, folder, *flags):
+  """Runs `record` with a config in two processes."""
+  command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "record"]
+  command += [f"--config={file}", f"--workdir={folder}", *flags]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
 def shards(folder):
   return {p.name: p.read_bytes() for p in folder.glob("*.array_record")}
 
@@ -55,9 +62,7 @@ def test_two_processes_record_the_same_store(made, tmp_path):
   record.run(resolve(c), tmp_path / "one")
   alone = sorted(texts(server))
   server.bodies.clear()
-  command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "record"]
-  command += [f"--config={file}", f"--workdir={tmp_path / 'two'}"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+  done = in_two_processes(file, tmp_path / "two")
   assert done.returncode == 0, done.stdout + done.stderr
   assert shards(tmp_path / "one") == shards(tmp_path / "two")
   assert sorted(texts(server)) == alone  # process 0 alone makes the probes
@@ -68,10 +73,7 @@ def test_an_unreachable_server_stops_both_processes(made, tmp_path):
   server, file, _ = made
   server.shutdown()
   server.server_close()
-  command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "record"]
-  command += [f"--config={file}", f"--workdir={tmp_path / 'two'}"]
-  command += ["--config.generate.server.retries=1"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+  done = in_two_processes(file, tmp_path / "two", "--config.generate.server.retries=1")
   assert done.returncode == os.EX_TEMPFAIL and "cannot be reached" in done.stdout + done.stderr
 
 
@@ -80,11 +82,9 @@ def test_a_text_of_one_process_that_is_refused_stops_both_processes(made, tmp_pa
   record.run(resolve(c), tmp_path / "one")
   last = tuple(row_texts.texts_of(open_store(tmp_path / "one")[19])[0].text.tokens)
   server.forever, server.faults[last] = True, ["400"]
-  command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", "record"]
-  command += [f"--config={file}", f"--workdir={tmp_path / 'two'}"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-  said = [line[:3] for line in done.stdout.splitlines() if "refuses to score a text" in line]
-  assert sorted(said) == ["[0]", "[1]"], done.stdout
+  done = in_two_processes(file, tmp_path / "two")
+  lines = [line for line in done.stdout.splitlines() if "refuses to score a text" in line]
+  assert sorted(line[:3] for line in lines) == ["[0]", "[1]"], done.stdout
   assert len(shards(tmp_path / "two")) == 3  # of 4: what is finished is kept
 
 
