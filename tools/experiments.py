@@ -83,7 +83,7 @@ def first_look(targets: Iterable[str], run: Callable[[str], None], log: Path) ->
       run(target)
       succeeded.append(target)
     except subprocess.CalledProcessError as error:
-      print(f"{target} is skipped: {error}. See {log}.", flush=True)
+      print(f"{target} is skipped: {error} See {log}.", flush=True)
   return succeeded
 
 
