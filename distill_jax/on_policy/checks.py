@@ -24,7 +24,6 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.generation import local
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, Prompts, model_input
-from distill_jax.hub.pretrained import Pretrained
 from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy import run_setup
@@ -79,7 +78,7 @@ def check(config: Config, student: ModelSource, teachers: Mapping[str, ModelSour
   texts = Texts(job, tokenizer, local.end_tokens(job, tokenizer), prompts)
   notes = _sampling_notes(texts)
   if texts.chats:
-    _check_turn_end(corpus.template_of(config.data, _tokenizer_checkpoint(config, student)), texts)
+    _check_turn_end(corpus.template_of(config.data, student.pretrained), texts)
   for name, teacher in teachers.items():
     notes += _check_teacher(config, texts, student, name, teacher)
     if not config.train.online:
@@ -131,11 +130,6 @@ def _check_options(config: Config) -> None:
     raise bad_value("generate.samples", generate.samples, expected, "Set it to 1")
 
 
-def _tokenizer_checkpoint(config: Config, model: ModelSource) -> Pretrained | None:
-  """Returns the checkpoint whose tokenizer and template are used; None for data.tokenizer."""
-  return None if config.data.tokenizer else model.pretrained
-
-
 def _sampling_notes(texts: Texts) -> list[str]:
   """Returns sentences about sampling that is not from the student's whole distribution."""
   notes, sampling = [], texts.job.sampling
@@ -176,14 +170,18 @@ def _check_teacher(
   is_here = not config.generate.server.urls or config.train.online
   if teacher.tokenizer is None:
     if is_here:  # the files do not name tokens
-      check_vocabulary(texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _of(texts, name))
+      check_vocabulary(
+        texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _tokenizer_read_by(texts, name)
+      )
     return []
   files = teacher.tokenizer
   theirs = corpus.of_files(files, teacher.name)
   different, unknown = compare_tokens(texts.tokenizer, theirs)
   if different:
-    return _other_tokenizer(config, texts, name, theirs, different[0])
-  check_vocabulary(texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _of(texts, name))
+    return _other_tokens(config, texts, name, theirs, different[0])
+  check_vocabulary(
+    texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _tokenizer_read_by(texts, name)
+  )
   notes = []
   if unknown:
     notes.append(
@@ -196,7 +194,7 @@ def _check_teacher(
   if texts.chats:
     if not files.chat_template:
       return [*notes, f"The teacher {name!r} has no chat template, but the prompts are chats."]
-    ours = corpus.template_of(config.data, _tokenizer_checkpoint(config, student))
+    ours = corpus.template_of(config.data, student.pretrained)
     check_templates(texts.chats, ours, ChatTemplate.of(files, teacher.name), name)
   if len(texts.chats) < len(texts.prompts) and texts.tokenizer.begin != theirs.begin:
     raise InputError(
@@ -206,7 +204,8 @@ def _check_teacher(
   return notes
 
 
-def _of(texts: Texts, name: str) -> str:
+def _tokenizer_read_by(texts: Texts, name: str) -> str:
+  """Returns how messages name the tokenizer of the texts that a teacher reads."""
   return f"{texts.tokenizer.where}, whose tokens the teacher {name!r} reads,"
 
 
@@ -224,9 +223,7 @@ def compare_tokens(ours: Tokenizer, theirs: Tokenizer) -> tuple[list[int], list[
   return different, [i for i, x, y in pairs if x and not y]
 
 
-def _other_tokenizer(
-  config: Config, texts: Texts, name: str, theirs: Tokenizer, i: int
-) -> list[str]:
+def _other_tokens(config: Config, texts: Texts, name: str, theirs: Tokenizer, i: int) -> list[str]:
   """Returns sentences about a teacher with other tokens, whose distributions are projected.
 
   Raises:

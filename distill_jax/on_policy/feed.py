@@ -85,7 +85,7 @@ class RoundsFeed:
     self._plan = self._rollouts.plan
     self._schedule = RoundSchedule(config.on_policy.every, config.on_policy.lag, self._plan.rounds)
     names = [name for name, count in self._plan.prompts.counts.items() if count]
-    self._sources = run_setup.sources(config, {TEACHER: None} | dict.fromkeys(names))
+    self._sources = run_setup.sources(config, dict.fromkeys((TEACHER, *names)))
     self._several_teachers = len(names) > 1
     teachers = {name: self._sources[name] for name in names}
     self._scores = None if config.train.online else self._open_scores(config, teachers)

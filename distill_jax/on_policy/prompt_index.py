@@ -29,7 +29,7 @@ SHIFT = 56  # the highest byte of a place is the teacher's number; the others ar
 REJECTED = 255  # in the place of a teacher's number: the prompt cannot be used
 BLOCK = 4096  # prompts that are searched at once
 
-Judge = Callable[[Prompts], set[int]]
+Unusable = Callable[[Prompts], set[int]]
 
 
 class PromptIndex:
@@ -100,7 +100,11 @@ class PromptIndex:
 
 
 def open_index(
-  prompts: Prompts, teachers: Sequence[str], file: str, settings: JsonObject, judge: Judge | None
+  prompts: Prompts,
+  teachers: Sequence[str],
+  file: str,
+  settings: JsonObject,
+  unusable: Unusable | None,
 ) -> PromptIndex:
   """Reads the places of all prompts, or those that an earlier run kept. All processes call it.
 
@@ -109,14 +113,14 @@ def open_index(
     teachers: The names of the teachers that `route` may name, the one without `route` first.
     file: The path or URL of the file of places.
     settings: What the places depend on besides the files of prompts.
-    judge: Returns the numbers of prompts that cannot be used for a further reason. None: none.
+    unusable: Returns the numbers of prompts that cannot be used for a further reason. None: none.
 
   Raises:
     InputError: Prompts cannot be used, or are not those of the run in the workdir.
   """
   made: list[tuple[np.ndarray, str]] = []
   distributed.run_on_process_0(
-    lambda: made.append(_known(prompts, teachers, file, settings, judge))
+    lambda: made.append(_known(prompts, teachers, file, settings, unusable))
   )
   places, digest = made[0] if made else (np.zeros(0, np.uint64), "")
   count = int(distributed.broadcast_from_process_0(np.array(len(places))))
@@ -130,14 +134,14 @@ def _known(
   teachers: Sequence[str],
   file: str,
   settings: JsonObject,
-  judge: Judge | None,
+  unusable: Unusable | None,
 ) -> tuple[np.ndarray, str]:
   """Returns the places and the digest, from the file or, if prompts have changed, from prompts."""
   about = {"settings": settings, "files": _versions(prompts)}
   before = _load(file)
   if before is not None and before[0] == json.loads(json.dumps(about)):
     return before[1:]
-  places, digest = _scan(prompts, teachers, judge)
+  places, digest = _scan(prompts, teachers, unusable)
   if before is not None and before[2] != digest:
     raise InputError(
       f"The prompts in {', '.join(prompts.files)} are not those with which the run began. Restore "
@@ -147,7 +151,9 @@ def _known(
   return places, digest
 
 
-def _scan(prompts: Prompts, teachers: Sequence[str], judge: Judge | None) -> tuple[np.ndarray, str]:
+def _scan(
+  prompts: Prompts, teachers: Sequence[str], unusable: Unusable | None
+) -> tuple[np.ndarray, str]:
   """Reads all prompts and returns their places and digest."""
   numbers = {name: i for i, name in enumerate(teachers)}
   starts, total = {}, 0
@@ -161,7 +167,7 @@ def _scan(prompts: Prompts, teachers: Sequence[str], judge: Judge | None) -> tup
 
   digest = prompts.summary(visit).digest
   found = np.array(places, np.uint64)
-  for number in judge(prompts) if judge else ():
+  for number in unusable(prompts) if unusable else ():
     found[number] |= np.uint64(REJECTED << SHIFT)
   digest = hashlib.sha256(digest.encode() + (found >> np.uint64(SHIFT)).tobytes()).hexdigest()
   unused = np.flatnonzero(_teachers(found) == REJECTED)

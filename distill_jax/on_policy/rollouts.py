@@ -103,13 +103,15 @@ class Rollouts:
       "cache_len": job.decoding.cache_len,
       **{key: getattr(job, key) for key in ("field", "template", "chat", "on_bad")},
     }
-    skip = (
+    unusable = (
       None
       if self._judge is None
       else functools.partial(rewards.without_key, self._judge, job.on_bad)
     )
     file = files.join(storage.location(self._folder), f"{FOLDER}/{PROMPTS}")
-    return prompt_index.open_index(Prompts(job, self._tokenizer), teachers, file, settings, skip)
+    return prompt_index.open_index(
+      Prompts(job, self._tokenizer), teachers, file, settings, unusable
+    )
 
   def manifest(self, number: int, teacher: str, fingerprint: str, texts: int) -> Manifest:
     """Returns the manifest of a teacher's texts in a round.

@@ -82,8 +82,12 @@ def evaluate(
 
 
 def losses_of(losses: Mapping[str, BaseLoss], is_rollout: bool) -> dict[str, BaseLoss]:
-  """Returns the losses that can be computed: all on texts that the student sampled (is_rollout),
-  and on others those that need no numbers of the sampling.
+  """Returns the losses that can be computed on texts.
+
+  Args:
+    losses: The losses of the config.
+    is_rollout: Whether the student sampled the texts. On other texts, losses that need numbers of
+      the sampling cannot be computed.
   """
   return {name: fn for name, fn in losses.items() if is_rollout or not fn.rollout_scalars}
 
