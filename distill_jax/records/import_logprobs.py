@@ -133,34 +133,42 @@ def check_values(document: Document, vocab_size: int, at: str, action: str) -> N
 
 def _pack(documents: list[Document], n: int, seq_len: int) -> Record:
   """Packs documents into a record. The target of position t is the distribution of token t + 1."""
-  tokens, segments, argmax = (np.zeros(seq_len, np.int32) for _ in range(3))
-  mask, label_logp = np.zeros(seq_len, bool), np.zeros(seq_len, np.float32)
-  ids = np.zeros((seq_len, n), np.int32)
-  logp = np.full((seq_len, n), -np.inf, np.float32)
+  tokens, segments = np.zeros(seq_len, np.int32), np.zeros(seq_len, np.int32)
+  mask = np.zeros(seq_len, bool)
+  targets = {
+    IDS.record: np.zeros((seq_len, n), np.int32),
+    LOGP.record: np.full((seq_len, n), -np.inf, np.float32),
+    ARGMAX.record: np.zeros(seq_len, np.int32),
+    LABEL_LOGP.record: np.zeros(seq_len, np.float32),
+  }
   t = 0
   for segment, document in enumerate(documents, 1):
     for i, (token, top) in enumerate(document):
       tokens[t], segments[t] = token, segment
       if i and top and token in top:  # skipped if the label's log-probability is missing
-        best = most_probable(top, n)
-        ids[t - 1, : len(best)] = best
-        logp[t - 1, : len(best)] = [min(top[k], 0.0) for k in best]
-        argmax[t - 1], label_logp[t - 1], mask[t - 1] = best[0], min(top[token], 0.0), True
+        set_targets(targets, t - 1, token, top, n)
+        mask[t - 1] = True
       t += 1
-  return {
-    "tokens_T": tokens,
-    "segments_T": segments,
-    "mask_T": mask,
-    IDS.record: ids,
-    LOGP.record: logp,
-    ARGMAX.record: argmax,
-    LABEL_LOGP.record: label_logp,
-  }
+  return {"tokens_T": tokens, "segments_T": segments, "mask_T": mask} | targets
 
 
-def most_probable(top: dict[int, float], n: int) -> list[int]:
-  """Returns the ids of the n most probable candidates, in this order; of equal ones, by id."""
-  return sorted(top, key=lambda k: (-top[k], k))[:n]
+def set_targets(targets: Record, t: int, token: int, top: dict[int, float], n: int) -> None:
+  """Sets the targets of a position.
+
+  Args:
+    targets: The targets of all positions.
+    t: The position.
+    token: The next token, which is one of the candidates.
+    top: The log-probabilities of the candidates, by id.
+    n: Maximum number of entries: the most probable candidates, and of equal ones those with the
+      smallest ids. 0: the next token's log-probability alone.
+  """
+  targets[LABEL_LOGP.record][t] = min(top[token], 0.0)
+  if n:
+    best = sorted(top, key=lambda k: (-top[k], k))[:n]
+    targets[IDS.record][t, : len(best)] = best
+    targets[LOGP.record][t, : len(best)] = [min(top[k], 0.0) for k in best]
+    targets[ARGMAX.record][t] = best[0]
 
 
 def _resolver(token_id: TokenIds | None, missing_mass: str, at: str) -> Callable:
@@ -201,8 +209,7 @@ def vllm(response: JsonObject, _: Callable | None = None) -> Document:
   ]
 
 
-def sglang(response: JsonObject, _: Callable | None = None) -> Document:
-  """Returns the document of a response of SGLang."""
+def _sglang(response: JsonObject, _: Callable) -> Document:
   info, document = response["meta_info"], []
   for side in ("input", "output"):
     own = info.get(f"{side}_token_logprobs") or []
@@ -231,4 +238,4 @@ def _openai(response: JsonObject, resolve: Callable) -> Document:
   return document
 
 
-_PARSE: dict[str, Callable[..., Document]] = {"vllm": vllm, "sglang": sglang, "openai": _openai}
+_PARSE: dict[str, Callable[..., Document]] = {"vllm": vllm, "sglang": _sglang, "openai": _openai}

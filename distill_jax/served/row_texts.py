@@ -13,7 +13,7 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import import_logprobs
-from distill_jax.records.fields import ARGMAX, IDS, LABEL_LOGP, LOGP, Record, RecordSpec
+from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.import_logprobs import Document
 from distill_jax.served.requests import Text
 
@@ -75,12 +75,6 @@ def with_targets(row: Record, scored: Iterable[tuple[Place, Document]], spec: Re
   }
   for place, document in scored:
     for t, (token, top) in enumerate(document, place.positions.start):
-      if not mask_T[t] or not top:
-        continue
-      targets[LABEL_LOGP.record][t] = min(top[token], 0.0)
-      if spec.n:
-        best = import_logprobs.most_probable(top, spec.n)
-        targets[IDS.record][t, : len(best)] = best
-        targets[LOGP.record][t, : len(best)] = [min(top[k], 0.0) for k in best]
-        targets[ARGMAX.record][t] = best[0]
+      if mask_T[t] and top:
+        import_logprobs.set_targets(targets, t, token, top, spec.n)
   return row | targets
