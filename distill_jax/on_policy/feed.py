@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
-from distill_jax.data import corpus
+from distill_jax.data import corpus, token_bytes
 from distill_jax.errors import InputError
 from distill_jax.models import runs
 from distill_jax.models.loading import LoadedModel, ModelSource
@@ -118,6 +118,7 @@ class RoundsFeed:
     self._start, self._base, self._fixed = start, inputs.base, inputs.teachers
     self._teachers = {name: self._loaded(name) for name in self._sources}
     self._diagnose = diagnosis.jitted(step, self._mesh)
+    self._spell_token = token_bytes.reader(self._tokenizer)
     # The fingerprint of the student that samples or has sampled the texts of a round, by round.
     self._students = {int(number): digest for number, digest in saved.get(SAMPLED, {}).items()}
     self._folders.open()
@@ -213,7 +214,7 @@ class RoundsFeed:
       diagnosed = jax.device_get(self._diagnose(state, batch, self._teachers[name], self._base))
       metrics |= diagnosis.named(diagnosed.metrics, name if self._several_teachers else TEACHER)
       texts = diagnosed.texts | {"teachers": {name: diagnosed.texts["teachers"][TEACHER]}}
-      write = functools.partial(own_texts_file.write, self._folder, step, texts, self._tokenizer)
+      write = functools.partial(own_texts_file.write, self._folder, step, texts, self._spell_token)
       distributed.run_on_process_0(write)
     diagnosis.check_limits(self._options, metrics, step)
     return metrics

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_jax.data import token_bytes
-from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.records.shard_writer import writing
 from distill_jax.runtime import json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
@@ -32,18 +30,17 @@ FILE = "own_texts.json"
 CONTEXT, TOKENS = 16, 160  # tokens of the prompt, and all tokens of a text
 
 
-def write(workdir: Path, step: int, texts: PyTree, tokenizer: Tokenizer) -> None:
+def write(workdir: Path, step: int, texts: PyTree, spell_token: Callable[[int], bytes]) -> None:
   """Writes the texts of a diagnosis; those of other teachers stay. Process 0 calls it.
 
   Args:
     workdir: The folder of the run.
     step: The step before which the texts were diagnosed.
     texts: Diagnosed.texts, on the host.
-    tokenizer: The tokenizer of the texts.
+    spell_token: Returns the bytes of a token; see `token_bytes.reader`.
   """
   path = storage.fetched(workdir / FILE)
   found = json_io.read_object(path, "delete the file") if path.is_file() else {}
-  spell_token = token_bytes.reader(tokenizer)
   rows = range(len(texts["token"]))
   for name, teacher in texts["teachers"].items():
     shown = [list(_tokens(texts, teacher, i, spell_token)) for i in rows if texts["mask"][i].any()]

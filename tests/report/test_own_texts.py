@@ -7,6 +7,7 @@ import pytest
 import tiny
 from html_pages import Page
 
+from distill_jax.data.token_bytes import reader
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError
 from distill_jax.on_policy import own_texts_file
@@ -47,7 +48,7 @@ def texts(tokenizer, **teacher):
 
 
 def test_the_file_holds_the_end_of_the_prompt_and_the_text(tokenizer, tmp_path):
-  own_texts_file.write(tmp_path, 30, texts(tokenizer), tokenizer)
+  own_texts_file.write(tmp_path, 30, texts(tokenizer), reader(tokenizer))
   (own,) = own_texts.read(tmp_path)  # the row of padding is not a text
   assert (own.teacher, own.step) == ("teacher", 30)
   prompt = [t.text for t in own.tokens if not t.predictions]
@@ -64,7 +65,7 @@ def test_the_file_holds_the_end_of_the_prompt_and_the_text(tokenizer, tmp_path):
 
 def test_a_teacher_whose_scores_lack_numbers(tokenizer, tmp_path):
   stored = texts(tokenizer, logp=None, top_ids=None, top_p=None, reverse_kl=None)
-  own_texts_file.write(tmp_path, 0, stored, tokenizer)
+  own_texts_file.write(tmp_path, 0, stored, reader(tokenizer))
   (own,) = own_texts.read(tmp_path)
   teacher = own.tokens[-1].predictions["teacher"]
   assert teacher.p is None and teacher.top == ()
@@ -73,10 +74,10 @@ def test_a_teacher_whose_scores_lack_numbers(tokenizer, tmp_path):
 
 def test_teachers_keep_their_latest_texts(tokenizer, tmp_path):
   first = texts(tokenizer)
-  own_texts_file.write(tmp_path, 0, first, tokenizer)
+  own_texts_file.write(tmp_path, 0, first, reader(tokenizer))
   other = first | {"teachers": {"math": first["teachers"]["teacher"]}}
-  own_texts_file.write(tmp_path, 10, other, tokenizer)
-  own_texts_file.write(tmp_path, 20, other, tokenizer)
+  own_texts_file.write(tmp_path, 10, other, reader(tokenizer))
+  own_texts_file.write(tmp_path, 20, other, reader(tokenizer))
   assert [(o.teacher, o.step) for o in own_texts.read(tmp_path)] == [("teacher", 0), ("math", 20)]
 
 
@@ -88,7 +89,7 @@ def test_long_texts_are_cut(tokenizer, tmp_path):
     "teacher": {n: wide(x) for n, x in texts(tokenizer)["teachers"]["teacher"].items()}
   }
   long |= {key: wide(long[key]) for key in ("token", "label", "mask")}
-  own_texts_file.write(tmp_path, 0, long, tokenizer)
+  own_texts_file.write(tmp_path, 0, long, reader(tokenizer))
   (own,) = own_texts.read(tmp_path)
   assert len(own.tokens) == own_texts_file.TOKENS
 
@@ -105,7 +106,7 @@ def test_a_broken_file_is_refused(text, tmp_path):
 def test_a_file_that_cannot_be_written_is_refused(tokenizer, tmp_path):
   (tmp_path / own_texts_file.FILE).mkdir()
   with pytest.raises(InputError, match=r"own_texts\.json cannot be written"):
-    own_texts_file.write(tmp_path, 0, texts(tokenizer), tokenizer)
+    own_texts_file.write(tmp_path, 0, texts(tokenizer), reader(tokenizer))
 
 
 def write_run(folder, tokenizer, steps=(0, 10)):
@@ -116,7 +117,7 @@ def write_run(folder, tokenizer, steps=(0, 10)):
       row = {"loss": 1.0, "overlap/teacher": 0.25, "student_mass/teacher": 0.5, "drift": 0.01}
       row |= {"round": step, "entropy": 2.0, "text_length": 30.0, "truncated/math": 0.5}
       metrics.write(step, row | tenths)
-  own_texts_file.write(folder, steps[-1], texts(tokenizer), tokenizer)
+  own_texts_file.write(folder, steps[-1], texts(tokenizer), reader(tokenizer))
 
 
 def test_the_report_shows_the_texts(tokenizer, tmp_path):
