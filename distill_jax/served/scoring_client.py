@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from distill_jax.generation import served_model
-from distill_jax.generation.http_client import Client
+from distill_jax.generation.http_client import Answer, Client
 from distill_jax.generation.options import ServerOptions
 from distill_jax.generation.served_model import ServedModel
 from distill_jax.generation.servers import Server
@@ -107,8 +108,13 @@ class ScoringClient:
     return await self._ask("chat/completions", body, parse)
 
   async def _ask(
-    self, path: str, body: JsonObject, parse: Any, server: Server | None = None, retries=None
-  ) -> Any:
+    self,
+    path: str,
+    body: JsonObject,
+    parse: Callable[[Any], Answer],
+    server: Server | None = None,
+    retries: int | None = None,
+  ) -> Answer:
     body = {k: v for k, v in (body | self._server.extra).items() if v is not None}
     async with self._slots:
       name = str(next(self._numbers))
