@@ -59,7 +59,7 @@ class OtherTokens:
 
   def __init__(self, config: Config, student: ModelSource, teacher: ModelSource):
     check_options(config, teacher.name)
-    self._config, self._name, is_chat = config, teacher.name, is_chats(config)
+    self._config, self._name, is_chat = config, teacher.name, prompts_are_chats(config)
     ours = corpus.tokenizer_of(config.data, student.pretrained)
     own = dataclasses.replace(config.data, tokenizer="")
     theirs = sides.teacher_side(own, teacher.pretrained, teacher_tokenizer(teacher, ours), is_chat)
@@ -165,7 +165,7 @@ def check_heldout(config: Config, teacher: OtherTokens) -> None:
       raise bad_value("train.heldout", config.train.heldout, expected, action)
 
 
-def is_chats(config: Config) -> bool:
+def prompts_are_chats(config: Config) -> bool:
   """Returns whether prompts are in the form of a chat template."""
   return config.generate.chat or config.retarget.chat
 

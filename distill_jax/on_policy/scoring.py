@@ -160,7 +160,7 @@ class Scorer:
     from distill_jax.served.teacher import ServedTeacher  # needs an extra
 
     data, pretrained = self._config.data, self._student.pretrained
-    is_chat = other_tokens.is_chats(self._config)
+    is_chat = other_tokens.prompts_are_chats(self._config)
     template = corpora.template_of(data, pretrained) if is_chat else None
     return ServedTeacher(self._config, corpora.tokenizer_of(data, pretrained), template)
 
