@@ -32,7 +32,6 @@ from jax.sharding import Mesh
 
 from distill_jax.commands import pack
 from distill_jax.config import Config
-from distill_jax.data import corpus as corpus_lib
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
@@ -129,10 +128,7 @@ def _served_teacher(config: Config, teacher: ModelSource) -> ServedTeacher:
   if config.tasks:
     expected = "no tasks with records.served, because servers score text"
     raise bad_value("tasks", list(config.tasks), expected, "Remove one of the two keys")
-  data, is_chat = config.data, config.data.kind == "chat"
-  tokenizer = corpus_lib.tokenizer_of(data, teacher.pretrained)
-  template = corpus_lib.template_of(data, teacher.pretrained) if is_chat else None
-  return ServedTeacher(config, tokenizer, template)
+  return ServedTeacher(config, teacher.pretrained, config.data.kind == "chat")
 
 
 def _runner(

@@ -159,10 +159,8 @@ class Scorer:
     """Returns the teacher on servers."""
     from distill_jax.served.teacher import ServedTeacher  # needs an extra
 
-    data, pretrained = self._config.data, self._student.pretrained
     is_chat = other_tokens.prompts_are_chats(self._config)
-    template = corpora.template_of(data, pretrained) if is_chat else None
-    return ServedTeacher(self._config, corpora.tokenizer_of(data, pretrained), template)
+    return ServedTeacher(self._config, self._student.pretrained, is_chat)
 
   def _check_served(self) -> None:
     """Raises InputError if servers cannot score the texts."""

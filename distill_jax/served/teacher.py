@@ -23,11 +23,11 @@ import jax
 import numpy as np
 
 from distill_jax.config import Config
-from distill_jax.data.chat_template import ChatTemplate
-from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.data import corpus as corpus_lib
 from distill_jax.errors import InputError, Unavailable, bad_value, check_choice
 from distill_jax.generation import server_checks
 from distill_jax.generation.http_client import RequestFailed, RequestRefused
+from distill_jax.hub.pretrained import Pretrained
 from distill_jax.nn.sharding import Rows
 from distill_jax.records import batch_plan, recorder, served_store
 from distill_jax.records.fields import LABEL_LOGP, TEXT, Record
@@ -50,9 +50,10 @@ class ServedTeacher:
   """A teacher on servers; a context manager.
 
   Args:
-    config: The config: the servers, the options of `records`, and the seed.
-    tokenizer: The tokenizer of the rows.
-    template: The chat template of the rows; None for texts without one.
+    config: The config: the servers, the options of `records`, the tokenizer, and the seed.
+    pretrained: The checkpoint whose tokenizer and chat template the rows have, unless
+      data.tokenizer names others; None for random weights.
+    is_chat: True if the rows are chats in the form of the chat template.
 
   Raises:
     InputError: The servers' options are invalid, or servers cannot give what is to be recorded.
@@ -60,8 +61,10 @@ class ServedTeacher:
 
   on_devices = False  # see job.Teacher
 
-  def __init__(self, config: Config, tokenizer: Tokenizer, template: ChatTemplate | None = None):
+  def __init__(self, config: Config, pretrained: Pretrained | None, is_chat: bool):
     server, count = config.generate.server, jax.process_count()
+    tokenizer = corpus_lib.tokenizer_of(config.data, pretrained)
+    template = corpus_lib.template_of(config.data, pretrained) if is_chat else None
     _check_options(config)
     own = dataclasses.replace(
       server,

@@ -365,8 +365,8 @@ def test_texts_do_not_depend_on_the_number_of_processes(folder, tmp_path):
       subprocess.Popen([*line, flag], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
       for flag in flags
     ]
-    said = [worker.communicate(timeout=500) for worker in workers]
-    assert not any(worker.returncode for worker in workers), said
+    printed = [worker.communicate(timeout=500) for worker in workers]
+    assert not any(worker.returncode for worker in workers), printed
   for number in range(2):
     for name in ("teacher", "b"):
       of_counts = [round_folders.folder_of(tmp_path / count, number, name) for count in "12"]
