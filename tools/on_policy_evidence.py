@@ -7,8 +7,8 @@ once for each of three seeds. Each target is then trained with seed 0 and the le
 config, and with the next ones of RATES until both neighbours of the best rate have been tried. The
 best rate has the highest pass@1 on 160 validation problems, on which no student is trained. All
 seeds are trained with it and measured on the 160 held-out problems: the student gives 4 answers to
-each (pass@1, maj@4), and KL(student || teacher) is computed on one more text of the student for
-each problem, sampled at temperature 1.
+each (2 to each validation problem), for pass@1 and maj@4, and KL(student || teacher) is computed on
+one more text of the student for each problem, sampled at temperature 1.
 
 Each finished training and each finished measurement appends one line to results.jsonl and is not
 repeated. So the command can be stopped at any time, and continues when it is run again; an
@@ -17,9 +17,9 @@ of the teacher, of the starts, and of one run of each target remain, about 14 GB
 
 The docstring of the config states what is equal for all targets. `tokens` in the results is the
 number of tokens that the student is trained on. The expected time, computed from that of a step and
-not measured, is five hours on two idle cores, if three rates of each target suffice: half an hour
-until the records, 20 minutes for the starts, three hours for 20 runs of the targets (4, 4, 9 and 15
-minutes each), and an hour to measure.
+not measured, is three hours on two idle cores, if three rates of each target suffice: half an hour
+until the records, 20 minutes for the starts, 80 minutes for 20 runs of the targets (2, 2, 4 and 8
+minutes each), and 50 minutes to measure.
 """
 
 from __future__ import annotations
@@ -223,6 +223,7 @@ class Evidence:
         found = own_kl(f"run:{run}", seed, problems, self.folder / folder)
     else:
       flags = [f"--config.teacher.source=run:{run}", f"--config.seed={seed}"]
+      flags.append(f"--config.evaluate.samples={2 if what == VALIDATION else 4}")
       self.command("evaluate", "start", folder, *flags, f"--config.evals.problems.path={problems}")
       found = scores_of(self.folder / folder)
     return self.results.write(what=what, target=target, rate=rate, seed=seed, run=run, **found)
