@@ -1,9 +1,9 @@
 """Writes one HTML page with the results and plots of a run, also while it is going.
 
-Reads: the runs in evaluate.models, and in the workdir itself; evaluation.json and examples.json in
-the workdir; and the first store in train.records. What does not exist yet is omitted or shown with
-its progress. The command changes nothing but the page, and takes no lock, so that it can be called
-while another command uses the workdir.
+Reads: the runs in evaluate.models, and in the workdir itself; evaluation.json, examples.json and
+deployment.json in the workdir; and the first store in train.records. What does not exist yet is
+omitted or shown with its progress. The command changes nothing but the page, and takes no lock, so
+that it can be called while another command uses the workdir.
 
 Writes: report.html in the workdir. The page is a single file, without scripts or external images.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.errors import InputError
-from distill_jax.report import benchmarks, examples, page, results
+from distill_jax.report import benchmarks, deployment, examples, page, results
 from distill_jax.report.numbers import COLUMNS
 from distill_jax.report.results import MODELS
 from distill_jax.report.runs import ReportedRun, progress, read_runs
@@ -30,7 +30,7 @@ def write_report(
 ) -> JsonObject:
   """Writes the page into `workdir` and returns `results.summary`.
 
-  It shows workdir/examples.json too, if `evaluate` has written it.
+  It shows examples.json and deployment.json of the workdir too, if they exist.
 
   While runs are going, it is the page so far: runs that are not finished are shown with their
   progress, and results that do not exist yet are omitted.
@@ -88,6 +88,7 @@ def write_report(
     commands=_commands(folder, loaded),
     evals=evals,
     examples=examples.read(folder),
+    deployed=_deployment(folder),
     is_final=is_final,
   )
   atomic_write(folder / out, html)
@@ -98,6 +99,12 @@ def _evaluation(folder: Path) -> JsonObject:
   """Returns the content of evaluation.json; {} before `evaluate` has finished."""
   path = storage.fetched(folder / "evaluation.json")
   return _read(path) if path.is_file() else {}
+
+
+def _deployment(folder: Path) -> deployment.Deployment | None:
+  """Returns the content of deployment.json; None if no file of the student was measured."""
+  path = storage.fetched(folder / deployment.FILE)
+  return deployment.read(path) if path.is_file() else None
 
 
 def _headline(evaluation: Mapping[str, Any], runs: Mapping[str, ReportedRun]) -> str:

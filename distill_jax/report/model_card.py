@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill_jax.config import Config
-from distill_jax.report import benchmarks
+from distill_jax.report import benchmarks, deployment_view
+from distill_jax.report.deployment import Deployment
 from distill_jax.report.results import corpus_name
 from distill_jax.schedules import Schedule
 
 COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
 
 
-def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str:
-  """Returns the model card in Markdown, with the results of `evaluation` if it is given."""
+def card(
+  config: Config,
+  step: int,
+  evaluation: Mapping[str, Any] | None,
+  deployed: Deployment | None = None,
+) -> str:
+  """Returns the model card in Markdown, with the results that are given."""
   student, data, optim, train = config.student, config.data, config.optim, config.train
   kept = f", layers {list(student.keep_layers)}" if student.keep_layers else ""
   text = f"- Data: `{data.kind}` `{data.path}`, sequences of {data.seq_len} tokens"
@@ -38,6 +44,7 @@ def card(config: Config, step: int, evaluation: Mapping[str, Any] | None) -> str
     *(_entry("Loss", name, loss) for name, loss in config.losses.items()),
     "",
     *_measured(evaluation),
+    *(["", *deployment_view.markdown(deployed)] if deployed is not None else []),
   ]
   return "\n".join(lines) + "\n"
 

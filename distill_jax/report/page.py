@@ -7,7 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill_jax.report import benchmarks, charts, curves, examples_view, own_texts_view
+from distill_jax.report import (
+  benchmarks,
+  charts,
+  curves,
+  deployment_view,
+  examples_view,
+  own_texts_view,
+)
+from distill_jax.report.deployment import Deployment
 from distill_jax.report.examples import Examples
 from distill_jax.report.numbers import COLUMNS, cell, percent, text, tone
 from distill_jax.report.runs import ReportedRun, progress
@@ -31,6 +39,7 @@ def render(
   commands: Mapping[str, str],
   evals: benchmarks.Evals,
   examples: Examples,
+  deployed: Deployment | None,
   is_final: bool,
 ) -> str:
   """Returns the page.
@@ -48,6 +57,7 @@ def render(
     commands: the commands of runs and other steps, by name.
     evals: the results of benchmarks.
     examples: predictions and generations of the models.
+    deployed: what the student saves in files and in llama.cpp; None if it was not measured.
     is_final: False if there are runs that are not finished, or results that do not exist yet.
   """
   sections = [("Benchmarks", benchmarks.table(labels, evals))] if evals else []
@@ -57,6 +67,8 @@ def render(
       *sections,
       ("Gap to the teacher closed by distillation", _gaps(gaps)),
     ]
+  if deployed is not None:
+    sections.append((deployment_view.TITLE, deployment_view.section(deployed)))
   if not is_final and runs:
     sections.insert(0, ("Progress", _progress(labels, runs)))
   sections += [
