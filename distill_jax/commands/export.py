@@ -1,7 +1,7 @@
 """Exports a trained student as a Hugging Face folder that `transformers` loads.
 
 Reads: the run in the workdir: its config and its last checkpoint, that of export.step, or the best
-one (export.best). For a model card with results, also export.evaluation.
+one (export.best). For a model card with results, also export.evaluation and export.deployment.
 
 Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
 model card). A LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).
@@ -36,7 +36,7 @@ from distill_jax.models import FamilyConfig, loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, quantise, sharding
-from distill_jax.report import model_card
+from distill_jax.report import deployment, model_card
 from distill_jax.runtime import best_checkpoint, json_io, saved_arrays
 from distill_jax.types import JsonObject, Model
 
@@ -60,9 +60,10 @@ def run(config: Config, workdir: Path) -> JsonObject:
   if options.evaluation:
     action = "run evaluate first, or set export.evaluation to an empty string"
     evaluation = json_io.read_object(options.evaluation, action)
+  deployed = deployment.read(options.deployment) if options.deployment else None
   check_new(options.dir)
   step = options.step or best_checkpoint.step_to_open(workdir, options.best)
-  card = model_card.card(config, step, evaluation)
+  card = model_card.card(config, step, evaluation, deployed)
   trained = loading.open_run(workdir, step)
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)

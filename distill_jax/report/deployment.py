@@ -1,4 +1,4 @@
-"""What a student saves as a file that a runtime loads: the content of deployment.json.
+"""The savings of a student in files that runtimes load: the content of deployment.json.
 
 `tools/bench/deploy.py` writes the file, and the report and the model card show it. It has two
 parts:
@@ -58,7 +58,7 @@ class Bound:
 
   Attributes:
     teacher, student: The names of the models.
-    teacher_bytes, student_bytes: The bytes of their weights as they are published.
+    teacher_bytes, student_bytes: The bytes of their published weights.
     speedups: Pairs of a batch size and the ratio of upper bounds on tokens per second and chip.
   """
 
@@ -99,9 +99,9 @@ class Deployment:
   tokens: int
   reference: str
   files: tuple[ModelFile, ...]
-  chip: str = ""
-  context: int = 0
-  bounds: tuple[Bound, ...] = ()
+  chip: str
+  context: int
+  bounds: tuple[Bound, ...]
 
   def __post_init__(self) -> None:
     names = [(f.model, f.format) for f in self.files]

@@ -1,4 +1,4 @@
-"""What a student saves, as a section of the page and of the model card."""
+"""The savings of a student, as a section of the page and of the model card."""
 
 from __future__ import annotations
 

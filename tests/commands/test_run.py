@@ -17,7 +17,8 @@ from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
 from distill_jax.records import collate
 from distill_jax.records.store import open_store
-from distill_jax.runtime import checkpoint
+from distill_jax.report.deployment import Deployment, ModelFile
+from distill_jax.runtime import checkpoint, json_io
 from distill_jax.runtime.workdir import read_config
 from distill_jax.training import loop as training
 from distill_jax.training.metric_writer import read_metrics
@@ -127,10 +128,18 @@ def test_evaluate_export_report(tiny_run, tmp_path):
   assert models["distilled"]["kl"] < models["start"]["kl"]
   assert models["distilled"]["perplexity"] == pytest.approx(np.exp(models["distilled"]["ce"]))
   c.export.evaluation = str(tmp_path / "evaluation.json")
+  c.export.deployment = str(tmp_path / "deployment.json")
+  with pytest.raises(InputError, match=r"deployment\.json does not exist\. Run tools/bench"):
+    export.run(config.resolve(c), tiny_run / "whole")
+  file = ModelFile("teacher", "F16", 2_345_000)
+  measured = ("a", "b", "a machine", "a runtime", 8, 4, 1, "a text", 10, "F16", (file,))
+  saved = Deployment(*measured, "v5p", 4096, ())
+  json_io.write_json(tmp_path / "deployment.json", saved.to_json())
   result = export.run(config.resolve(c), tiny_run / "whole")
   assert result["parameters"] == models["distilled"]["parameters"]
   card = (tmp_path / "export" / "README.md").read_text()
   assert f"{models['distilled']['kl']:.4g}" in card
+  assert "| Teacher, F16 | 2.3 MB |" in card
   c.evaluate.models = {"distilled": str(tmp_path / "export")}
   c.student.source = f"run:{tiny_run / 'whole'}"
   again = evaluate(config.resolve(c), tmp_path / "again")["models"]["distilled"]
@@ -138,7 +147,9 @@ def test_evaluate_export_report(tiny_run, tmp_path):
   assert again["ce"] == pytest.approx(models["distilled"]["ce"], rel=5e-3)
   summary = report.run(dataclasses.replace(resolved), tmp_path)
   assert summary["distilled"]["kl"] == pytest.approx(models["distilled"]["kl"])
-  assert "Distilled" in (tmp_path / "report.html").read_text()
+  page = (tmp_path / "report.html").read_text()
+  assert "Distilled" in page
+  assert "What a student saves" in page
 
 
 def test_the_workdir_has_config_and_versions(tiny_run):
