@@ -34,8 +34,8 @@ def block_size(quantization: Any, path: str) -> tuple[int, int] | None:
   method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
   if method != "fp8":
     raise InputError(
-      f"{path} is quantised by {method!r:.60}, but only block-scaled 'fp8' can be read. Use the "
-      "weights before quantisation."
+      f"{path} is quantised by {method!r:.60}, but only block-scaled 'fp8' and "
+      "'compressed-tensors' can be read. Use the weights before quantisation."
     )
   block = quantization.get("weight_block_size")
   whole = isinstance(block, list) and all(type(n) is int and 0 < n < 2**31 for n in block)

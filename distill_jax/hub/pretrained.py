@@ -15,7 +15,7 @@ from typing import cast
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.hub import float8, identity, prefixed, timm_vit
+from distill_jax.hub import compressed, float8, identity, prefixed, timm_vit
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
@@ -95,10 +95,14 @@ def _open_folder(
   extra = "generation_config.json"
   generation = read_hf_json(files.join(folder, extra)) if extra in names else {}
 
-  block = float8.block_size(hf.get("quantization_config"), folder)
+  quantization = hf.get("quantization_config")
+  scheme = compressed.scheme_of(quantization, folder)
+  block = None if scheme else float8.block_size(quantization, folder)
 
   def open_weights() -> Weights:
     weights = SafetensorsFolder(folder)
+    if scheme:
+      return compressed.IntegerWeights(weights, scheme)
     return float8.BlockScaled(weights, block) if block else weights
 
   if timm_vit.is_plain_vit(hf):  # its sizes are in the headers of the weights
