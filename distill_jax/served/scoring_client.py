@@ -20,7 +20,7 @@ from distill_jax.types import JsonObject
 
 
 class ScoringClient:
-  """A client of the servers of one teacher. Call `open` first.
+  """A client of the servers of one teacher. Call `open` or `use` first.
 
   Args:
     server: The options of the servers.
@@ -50,9 +50,13 @@ class ScoringClient:
       InputError: The servers have different models, or several and none is named.
       RequestFailed: No server answers.
     """
-    self.model = await served_model.find(self.http, self._server.model)
-    self.method = SGLANG if self.model.server == "sglang" else PROMPT_LOGPROBS
+    self.use(await served_model.find(self.http, self._server.model))
     return self.model
+
+  def use(self, model: ServedModel) -> None:
+    """Sets the model, which is found already."""
+    self.model = model
+    self.method = SGLANG if model.server == "sglang" else PROMPT_LOGPROBS
 
   async def close(self) -> None:
     await self.http.__aexit__()

@@ -13,6 +13,7 @@ import asyncio
 import collections
 import dataclasses
 import functools
+import json
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -27,6 +28,7 @@ from distill_jax.data import corpus as corpus_lib
 from distill_jax.errors import InputError, Unavailable, bad_value, check_choice
 from distill_jax.generation import server_checks
 from distill_jax.generation.http_client import RequestFailed, RequestRefused
+from distill_jax.generation.served_model import ServedModel
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.nn.sharding import Rows
 from distill_jax.records import batch_plan, recorder, served_store
@@ -99,8 +101,20 @@ class ServedTeacher:
       InputError: The servers have different models, or several.
       Unavailable: No server answers.
     """
-    name = self._server.model or self._wait(self._client.open()).name
-    return served_store.identity(name)
+    return served_store.identity(self._server.model or self._open().name)
+
+  def _open(self) -> ServedModel:
+    """Returns the model, which process 0 finds. All processes call it, and raise its error."""
+    found = ""
+
+    def find() -> None:
+      nonlocal found
+      found = json.dumps(dataclasses.asdict(self._wait(self._client.open())))
+
+    distributed.run_on_process_0(find)
+    model = ServedModel(**json.loads(distributed.text_of_process_0(found)))
+    self._client.use(model)
+    return model
 
   def check(self, parts: Sequence[Part]) -> None:
     """Checks that the servers can score the rows of stores. Every process must call it first.
@@ -124,7 +138,7 @@ class ServedTeacher:
     self._check(lambda: dict.fromkeys(TEXT, np.zeros(positions, np.int32)))
 
   def _check(self, row: Callable[[], Record]) -> None:
-    self._wait(self._client.open())
+    self._open()
     method = ""
 
     def probe() -> None:
