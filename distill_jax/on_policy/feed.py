@@ -88,7 +88,8 @@ class RoundsFeed:
     self._sources = run_setup.sources(config, dict.fromkeys((TEACHER, *names)))
     self._several_teachers = len(names) > 1
     teachers = {name: self._sources[name] for name in names}
-    self._scores = None if config.train.online else self._open_scores(config, teachers)
+    self._scorer = None if config.train.online else self._open_scorer(config, teachers)
+    self._scores = None if self._scorer is None else _scores(self._scorer, config)
     for sentence in checks.check(config, student, teachers):
       if distributed.is_process_0():
         print(sentence, file=sys.stderr)
@@ -104,14 +105,16 @@ class RoundsFeed:
     self._folders = RoundFolders(folder, config.on_policy.keep_rounds, config.train.keep)
     self._batch_rows = sharding.rows(mesh, config.train.batch_size)
 
-  def _open_scores(self, config: Config, teachers: Mapping[str, ModelSource]) -> RoundScores:
-    """Returns the scores of rounds, after checking that the teachers can score them."""
+  def _open_scorer(self, config: Config, teachers: Mapping[str, ModelSource]) -> Scorer:
+    """Returns what scores texts, after checking that the teachers can."""
     scorer = Scorer(config, self._student, teachers, self._mesh, self._folder)
     scorer.check()
-    # The processes of a run talk to each other in order, so that only one can have two threads.
-    is_alone = distributed.process_count() == 1
-    is_served = bool(config.generate.server.urls)
-    return RoundScores(scorer.score, ahead=is_served and is_alone and config.on_policy.lag > 0)
+    return scorer
+
+  def check_servers(self) -> None:
+    """Checks the servers that score texts; see `Feed.check_servers`."""
+    if self._scorer is not None:
+      self._scorer.check_servers()
 
   def open(self, step: Step, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Loads further teachers of the step, and begins to read records; see `Feed.open`."""
@@ -235,3 +238,11 @@ class RoundsFeed:
     sampled = self._schedule.already_sampled(step)
     self._folders.protect(sampled)
     return {SAMPLED: {str(i): self._students[i] for i in sampled}}
+
+
+def _scores(scorer: Scorer, config: Config) -> RoundScores:
+  """Returns the scores of rounds, which are computed ahead if servers can."""
+  # The processes of a run talk to each other in order, so that only one can have two threads.
+  is_alone = distributed.process_count() == 1
+  is_served = bool(config.generate.server.urls)
+  return RoundScores(scorer.score, ahead=is_served and is_alone and config.on_policy.lag > 0)

@@ -79,20 +79,30 @@ class Scorer:
     """Checks everything that can be checked before weights are read. All processes call it.
 
     Raises:
-      InputError: The config and the teachers do not fit together, or servers cannot score texts.
-      Unavailable: No server answers.
+      InputError: The config and the teachers do not fit together.
     """
     options, mesh = self._config.records, self._mesh
     _check_options(options)
     sharding.check_batch("records.batch_size", options.batch_size, mesh)
     if self._is_served:
-      self._check_served()
+      self._check_alone()
       return
     for source in self._teachers.values():
       # Raises InputError if the mesh does not divide the teacher.
       sharding.shardings(source.abstract, mesh, source.compute.rules)
       self._check_text(source)
       source.check_digest()
+
+  def check_servers(self) -> None:
+    """Checks that the servers can score the texts, if servers do. All processes call it.
+
+    Raises:
+      InputError: They cannot.
+      Unavailable: No server answers.
+    """
+    if self._is_served:
+      with self._served() as served:
+        served.check_before(self._config.generate.cache_len)
 
   def score(self, number: int, teacher: str, rollouts: Store) -> Store:
     """Returns the store of a teacher's scores of its texts in a round; missing ones are computed.
@@ -162,16 +172,13 @@ class Scorer:
     is_chat = other_tokens.prompts_are_chats(self._config)
     return ServedTeacher(self._config, self._student.pretrained, is_chat)
 
-  def _check_served(self) -> None:
-    """Raises InputError if servers cannot score the texts."""
-    generate = self._config.generate
+  def _check_alone(self) -> None:
+    """Raises InputError if servers would have to score for several teachers."""
     if (count := len(self._teachers)) > 1:
       raise InputError(
         f"generate.server.urls is set; expected no servers with the {count} teachers of "
         "the prompts, since servers have one model. Remove the key, or use one teacher."
       )
-    with self._served() as served:
-      served.check_before(generate.cache_len)
 
   def _check_text(self, teacher: ModelSource) -> None:
     """Raises InputError if a teacher cannot read the student's texts."""

@@ -18,6 +18,7 @@ from distill_jax.errors import InputError, Preempted, Unavailable, bad_value
 from distill_jax.runtime.progress import Progress
 
 LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000  # for processes with more work
+STOP_SECONDS = 60.0  # within which all processes stop that stop for the same reason
 MAX_MESSAGE_BYTES = 2000  # maximum size of an error that process 0 sends to the others
 
 
@@ -169,6 +170,22 @@ def run_on_all_processes(name: str, fn: Callable[[], None]) -> None:
       raise Unavailable(message[1:]) if message[0] == "1" else InputError(message[1:])
   if raised is not None:
     raise raised
+
+
+def all_arrive(name: str, seconds: float = STOP_SECONDS) -> bool:
+  """Returns whether every process calls this within some seconds, so that all can act together.
+
+  Args:
+    name: A name that no other call has.
+    seconds: The time to wait for the others.
+  """
+  client = global_state.client
+  if jax.process_count() > 1 and client is not None:
+    try:
+      client.wait_at_barrier(name, int(1000 * seconds))
+    except jax.errors.JaxRuntimeError:  # the time is up
+      return False
+  return True
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -47,6 +47,14 @@ class Feed(Protocol):
   stores: Stores
   online: Mapping[str, ModelSource]
 
+  def check_servers(self) -> None:
+    """Checks the servers of the batches, before weights are read; not of a finished run.
+
+    Raises:
+      InputError: The servers do not fit the run.
+      Unavailable: No server answers.
+    """
+
   def open(self, step: Step, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Prepares the batches from a step on.
 
@@ -65,6 +73,7 @@ class Feed(Protocol):
 
     Raises:
       Preempted: SIGTERM was received. What is finished is kept.
+      Unavailable: No server answers. What is finished is kept.
     """
 
   def next(self, step: int) -> StepData:
@@ -87,6 +96,9 @@ class StoredFeed:
     self.config, self._mesh = config, mesh
     self.stores: Stores = stores.open_stores(config, student)
     self.online: Mapping[str, ModelSource] = online_teachers(config)
+
+  def check_servers(self) -> None:
+    """Does nothing: no server has batches."""
 
   def open(self, step: Step, inputs: TrainInputs, start: int, saved: JsonObject) -> None:
     """Starts to read batches; see `Feed.open`."""

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from distill_jax.config import Config
-from distill_jax.errors import Preempted
+from distill_jax.errors import Preempted, Unavailable
 from distill_jax.losses import FeatureLoss
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
@@ -62,6 +62,7 @@ def train(
     InputError: The config does not fit the data or models. It is checked before anything compiles.
     FloatingPointError: A loss is not finite. The last good checkpoint is kept.
     Preempted: SIGTERM was received. The current step is saved.
+    Unavailable: No server answers. The current step is saved.
   """
   began = time.monotonic()
   trackers.check(config.train.tracker)
@@ -91,12 +92,15 @@ def train(
     distributed.Preemption() as preemption,
   ):
     best = Best(c, best_checkpoint.read(saves))
+    is_finished = (saves.latest_step() or 0) == c.steps or best.ended
+    if not is_finished:
+      feed.check_servers()
     inputs = prepare(
       step, config, stores, student, online, mesh=mesh, saves=saves, metadata=metadata
     )
     state, start = inputs.state, int(inputs.state.step)
-    if start == c.steps or best.ended:
-      with trackers.Follower(config, workdir, start):  # already finished
+    if is_finished:
+      with trackers.Follower(config, workdir, start):
         return read_metrics(workdir)[-1] | best.summary(start)
     evaluation.announce(workdir)
     step_fn = jitted(step, state, mesh)
@@ -118,8 +122,9 @@ def train(
           log.flush()  # on CPUs, two programs that communicate at a time can block each other
           try:
             feed.begin(n, state)
-          except Preempted:
-            if n > saved:
+          except (Preempted, Unavailable):
+            # A store that does not answer may stop one process alone, which then cannot save.
+            if n > saved and distributed.all_arrive(f"stopped before step {n}"):
               save(n)
               checkpoint.wait(saves)
             raise

@@ -64,6 +64,8 @@ def rollouts(folder):
 def test_scores_are_the_servers_and_a_finished_store_asks_for_none(tmp_path, server):
   own = scorer(tmp_path, server)
   own.check()
+  assert not server.asked
+  own.check_servers()
   texts = rollouts(tmp_path)
   store = own.score(0, "teacher", texts)
   store.verify()
@@ -82,7 +84,7 @@ def test_scores_are_the_servers_and_a_finished_store_asks_for_none(tmp_path, ser
 def test_a_server_that_cannot_score_the_texts_is_refused_before_there_are_any(tmp_path, server):
   server.max_len = T - 2
   with pytest.raises(InputError, match=str(T)):
-    scorer(tmp_path, server).check()
+    scorer(tmp_path, server).check_servers()
 
 
 def test_several_teachers_are_refused(tmp_path, server):
