@@ -193,32 +193,32 @@ def _write_on_all_processes(
 ) -> None:
   """Writes the missing shards of a store.
 
-  An error of one process is raised on all, unless they compute together: then the others cannot
-  continue without it.
+  An error of writing on one process is raised on all. So is every error of processes that do not
+  compute together; those that do cannot continue if one of them cannot read its rows.
   """
-  unfinished: list[int] = []
+  written: list[ShardBuffer] = []
 
   def write() -> None:
-    unfinished.append(_write(part, teacher, progress))
+    written.append(_write(part, teacher, progress))
 
   if teacher is not None and teacher.on_devices:
     write()
   else:
     distributed.run_on_all_processes(f"recorded {part.writer.folder}", write)
-  if distributed.max_over_processes(unfinished[0]):
+  distributed.run_on_all_processes(f"written {part.writer.folder}", written[0].check)
+  if distributed.max_over_processes(written[0].unfinished):
     raise distributed.Preemption.stop(verb, "finished shards are kept")
 
 
-def _write(part: Part, teacher: Teacher | None, progress: Progress) -> int:
+def _write(part: Part, teacher: Teacher | None, progress: Progress) -> ShardBuffer:
   """Writes this process's shards of a store while their records are computed.
+
+  A process that cannot write computes with the others until all of them stop, as for SIGTERM.
 
   Args:
     part: The store.
     teacher: The teacher; None for rows without one.
     progress: Counts the tokens.
-
-  Returns:
-    The number of sequences of the shard that is unfinished because of SIGTERM, or 0.
   """
   shards = batch_plan.divide(part.missing, part.rows)
   plan, own = batch_plan.batches(shards, part.rows), shards.get(part.rows.process, [])
@@ -229,13 +229,14 @@ def _write(part: Part, teacher: Teacher | None, progress: Progress) -> int:
     if isinstance(part.corpus.rows, StudentRows):
       on_statistics = summary.ShardStatistics(part.writer.folder, part.writer.manifest.ranges).add
     batches = teacher.recorded(part.corpus, plan, part.rows, on_statistics)
-  with ShardBuffer(part.writer, own) as buffer, distributed.Preemption() as preemption:
+  buffer = ShardBuffer(part.writer, own, on_error=distributed.Preemption.request)
+  with buffer, distributed.Preemption() as preemption:
     for index_B, records in batches:
       buffer.add(records)
       progress.add(int((index_B != batch_plan.PADDING).sum()) * part.corpus.positions)
       if preemption.reached():
         break
-  return buffer.unfinished
+  return buffer
 
 
 def _without_targets(

@@ -189,6 +189,16 @@ def test_an_error_of_process_0_stops_all_processes(folder):
     assert f"[{i}] error: {folder / 'one'} holds a run with optim.peak_lr=0.01" in output
 
 
+@pytest.mark.slow
+def test_a_disk_of_one_process_that_is_full_stops_all_processes(folder):
+  """A folder in place of a file replaces a full disk: the system raises a similar error."""
+  for number in range(4):
+    (folder / f"full/.writing-{number:05d}-1-of-2").mkdir(parents=True)
+  output = run(launch(folder, "record", "full"), code=2)
+  for i in range(2):
+    assert re.search(rf"\[{i}\] error: .*records-0000\d.array_record cannot be written", output)
+
+
 def test_dry_run_prints_what_would_run():
   output = run(
     [sys.executable, "launch/local.py", "--dry_run", "--devices=2", "--", "train", "--x=$(rm a)"]
