@@ -12,7 +12,8 @@ import io
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -129,6 +130,26 @@ def open_index(
   return PromptIndex(prompts, teachers, places, distributed.text_of_process_0(digest))
 
 
+def counts(prompts: Prompts, teachers: Collection[str]) -> Counter[str]:
+  """Returns the number of prompts of each teacher, which takes one pass over the files.
+
+  Args:
+    prompts: What reads the prompts.
+    teachers: The names of the teachers that `route` may name.
+
+  Raises:
+    InputError: Prompts cannot be used.
+  """
+  found: Counter[str] = Counter()
+
+  def visit(prompt: Prompt, line: jsonl.Line) -> None:
+    if not prompt.rejected:
+      found[_route(prompt.about, teachers, line.where)] += 1
+
+  prompts.summary(visit)
+  return found
+
+
 def _known(
   prompts: Prompts,
   teachers: Sequence[str],
@@ -182,7 +203,7 @@ def _scan(
   return found, digest
 
 
-def _route(about: JsonObject, teachers: Mapping[str, int], where: str) -> str:
+def _route(about: JsonObject, teachers: Collection[str], where: str) -> str:
   """Returns the name of a prompt's teacher."""
   name = about.get(ROUTE) or TEACHER
   if not isinstance(name, str) or name not in teachers:

@@ -4,10 +4,10 @@ A round has three parts, one after the other on the same devices:
 
 * generate: the student samples the texts of the round. In memory are the training state, a copy of
   the student for decoding, and the KV caches. Bytes and bounds are by formula (decoding.py).
-* score: the teacher of stored scores reads the texts, records.batch_size at once. Bytes and bounds
-  are by formula, without activations. With train.online, the teacher is in the training step
-  instead, and `score` is its part of the step's operations. Servers score at their own speed.
-* train: the step is compiled, with rows of generate.cache_len positions.
+* score: each teacher of stored scores reads its texts, records.batch_size at once. Bytes and bounds
+  are by formula, without activations. With train.online, the teachers are in the training steps
+  instead, and `score` is their part of the steps' operations. Servers score at their own speed.
+* train: the step is compiled, with rows of generate.cache_len positions, and `teacher` in it.
 
 Every text has the maximum length, and every prompt the length that is left for it: shorter texts
 take less time.
@@ -16,27 +16,26 @@ take less time.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from distill_jax.config import Config
 from distill_jax.models import loading
-from distill_jax.nn import params, sharding
 from distill_jax.on_policy import plan, round_schedule, run_setup
+from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.preflight import (
   decoding,
   estimate,
   flops,
   programs,
-  roofline,
+  round_teachers,
   step_estimate,
 )
 from distill_jax.preflight.decoding import Decoder
+from distill_jax.preflight.round_teachers import OtherTeachers, RoundTeacher
 from distill_jax.preflight.topology import Hardware
-from distill_jax.retarget.options import RetargetOptions
-from distill_jax.training.state import online_teachers
 from distill_jax.types import JsonObject
 
 GENERATE, SCORE, TRAIN = "generate", "score", "train"  # the parts of a round
@@ -79,20 +78,6 @@ class RoundTexts(NamedTuple):
     return cls(steps, rows, -(-rows // g.samples), g.cache_len - new_tokens, new_tokens)
 
 
-class OtherTeachers(NamedTuple):
-  """The teachers that are not an argument of the training step.
-
-  Attributes:
-    weights: Bytes per device. With train.online, all `teachers` are in memory; with stored scores,
-      the largest teacher, since one at a time is.
-    seconds: The lower bound for the scores of a round, as if `teacher` gave all of them, without
-      the time to load teachers.
-  """
-
-  weights: int = 0
-  seconds: float = 0.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Rounds:
   """The rounds of a run on a slice.
@@ -102,6 +87,7 @@ class Rounds:
     texts: The texts of a round.
     step: The compiled training step; see step_estimate.estimate.
     decoder: The student that decodes.
+    teachers: The teachers that run on the devices, by name.
     others: The teachers outside the training step.
   """
 
@@ -109,6 +95,7 @@ class Rounds:
   texts: RoundTexts
   step: JsonObject
   decoder: Decoder
+  teachers: Mapping[str, RoundTeacher]
   others: OtherTeachers
 
   @classmethod
@@ -121,14 +108,13 @@ class Rounds:
     plan.check(config)
     round_schedule.check(config)
     run_setup.check(config)
-    run, texts = as_training(config), RoundTexts.of(config)
-    program = programs.lower(run, "on_policy", mesh)
-    step = step_estimate.estimate(run, TRAIN, program, hardware, mesh)
-    others = _others(config, texts, hardware, mesh)
     student = loading.open_source(config.student, config.seed)
+    teachers, texts = round_teachers.find(config, student), RoundTexts.of(config)
+    others = round_teachers.outside_step(config, teachers, texts.rows, hardware, mesh)
+    step = _step(config, teachers, hardware, mesh)
     resident = sum(_state(step).values()) + others.weights
     decoder = Decoder.of(config, student, hardware, mesh, resident)
-    return cls(config, texts, step, decoder, others)
+    return cls(config, texts, step, decoder, teachers, others)
 
   @property
   def bytes_per_device(self) -> dict[str, dict[str, int]]:
@@ -194,16 +180,6 @@ class Rounds:
     return seconds * self.decoder.hardware.num_chips / 3600
 
 
-def as_training(config: Config) -> Config:
-  """Returns the config of training on stored rows of the same length, generate.cache_len.
-
-  Each step has the texts of one teacher, so `teachers` are not in it. A teacher with other tokens
-  is computed as one with the student's.
-  """
-  data = dataclasses.replace(config.data, seq_len=config.generate.cache_len, buckets=())
-  return dataclasses.replace(config, data=data, teachers={}, retarget=RetargetOptions())
-
-
 def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh) -> JsonObject:
   """Returns the result of `preflight --verb=on_policy`; preflight/rounds_table.py prints it.
 
@@ -227,7 +203,9 @@ def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh)
       (`evaluation_share`);
     * `generate_seconds_assumed` and `chip_hours_assumed`, with a decoder that reaches
       decoding.REACHED of its bound;
-    * `served`, True if servers score, and `lag`.
+    * `served`, True if servers score, and `lag`;
+    * `teacher_shares`, the part of the texts that each teacher on the devices scores, by name, and
+      `prompts_found`, False if the parts are assumed to be equal.
 
     Values that depend on the speed of the step are None if it does not fit.
 
@@ -261,41 +239,28 @@ def estimate_rounds(config: Config, hardware: Hardware, mesh: jax.sharding.Mesh)
     "evaluation_share": estimate.evaluation_share(config, TRAIN),
     "served": bool(config.generate.server.urls) and not config.train.online,
     "lag": config.on_policy.lag,
+    "teacher_shares": {name: float(t.share) for name, t in rounds.teachers.items()},
+    "prompts_found": round_teachers.has_prompts(config),
   }
+
+
+def _step(
+  config: Config,
+  teachers: Mapping[str, RoundTeacher],
+  hardware: Hardware,
+  mesh: jax.sharding.Mesh,
+) -> JsonObject:
+  """Compiles the training step, with `teacher` in it if it is online."""
+  if not config.train.online:
+    run = round_teachers.as_training(config)
+    program = programs.lower(run, "on_policy", mesh)
+    return step_estimate.estimate(run, TRAIN, program, hardware, mesh)
+  first = teachers[TEACHER]
+  program = programs.lower(first.run, "on_policy", mesh)
+  operations = round_teachers.step_flops(teachers, program.rows)
+  return step_estimate.estimate(first.run, TRAIN, program, hardware, mesh, operations)
 
 
 def _state(step: JsonObject) -> dict[str, int]:
   """Returns the bytes per device that are in memory in all parts of a round."""
   return {name: n for name, n in step["bytes_per_device"].items() if name in OF_STATE}
-
-
-def _others(
-  config: Config, texts: RoundTexts, hardware: Hardware, mesh: jax.sharding.Mesh
-) -> OtherTeachers:
-  """Returns the teachers outside the training step.
-
-  To score, a pass over records.batch_size rows gathers the weights over fsdp, and sums activations
-  over the tensor axis.
-  """
-  if config.generate.server.urls and not config.train.online:
-    return OtherTeachers()
-  named = online_teachers(config)
-  others = [estimate.model_bytes(named[name], mesh) for name in config.teachers]
-  if config.train.online:
-    return OtherTeachers(sum(others))
-  source = loading.open_source(config.teacher, config.seed)
-  weights = estimate.model_bytes(source, mesh)
-  run, rows = as_training(config), config.records.batch_size
-  sharding.check_batch("records.batch_size", rows, mesh)
-  dtype = jnp.dtype(run.teacher.dtype)
-  used = params.count(source.abstract) * dtype.itemsize / mesh.shape["tensor"]
-  shards = mesh.shape["fsdp"] * mesh.shape["context"]
-  own_tokens = rows / sharding.row_shards(mesh) * run.data.seq_len / mesh.shape["context"]
-  sent = {
-    "all-gather": int(used * (shards - 1) / shards),
-    "all-reduce": decoding.tensor_sums(source, mesh, own_tokens),
-  }
-  operations = flops.step_flops(run, "record", rows)
-  bound = roofline.speed(run, "record", hardware, mesh, operations, weights, sent)
-  seconds = -(-texts.rows // rows) * bound["step_seconds_bound"]
-  return OtherTeachers(max([weights, *others]), seconds)

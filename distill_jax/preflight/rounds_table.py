@@ -74,6 +74,8 @@ def _seconds(r: JsonObject) -> list[str]:
     lines.append(
       f"  The hours include {r['evaluation_share']:.1%} for evaluation on held-out rows."
     )
+  if len(r["teacher_shares"]) > 1:
+    lines.append(f"  {_shares(r)}")
   if r["served"]:
     lines.append(f"  {_served(r)}")
   return lines
@@ -87,3 +89,9 @@ def _served(r: JsonObject) -> str:
     "The time of the servers that score is not included, and the rounds wait for them. With "
     f"on_policy.lag=1 they do not if the servers score {rate:,.0f} tokens per second."
   )
+
+
+def _shares(r: JsonObject) -> str:
+  parts = ", ".join(f"{name} {share:.0%}" for name, share in r["teacher_shares"].items())
+  known = "as in the prompts" if r["prompts_found"] else "assumed, since there are no prompts yet"
+  return f"The teachers score these parts of the texts ({known}): {parts}."

@@ -12,7 +12,12 @@ from distill_jax.types import JsonObject
 
 
 def estimate(
-  config: Config, verb: str, program: LoweredStep, hardware: Hardware, mesh: jax.sharding.Mesh
+  config: Config,
+  verb: str,
+  program: LoweredStep,
+  hardware: Hardware,
+  mesh: jax.sharding.Mesh,
+  operations: dict[str, float] | None = None,
 ) -> JsonObject:
   """Compiles one step, and returns its part of the result of `preflight`.
 
@@ -22,6 +27,7 @@ def estimate(
     program: The step, from programs.lower.
     hardware: The slices.
     mesh: The devices.
+    operations: The operations of the step by purpose; None for those of the config.
 
   Returns:
     A dict with `fits`, `peak_bytes_per_device`, `hbm_bytes_per_device`, `bytes_per_device`,
@@ -30,7 +36,9 @@ def estimate(
     `tasks`, all numbers from the formulas for decoders.
   """
   memory, compiled = compiler.compile_step(program)
-  step_flops = None if config.tasks else flops.step_flops(config, verb, program.rows)
+  step_flops = operations
+  if operations is None and not config.tasks:
+    step_flops = flops.step_flops(config, verb, program.rows)
   result: JsonObject = {
     "fits": compiled is not None and memory.peak <= hardware.chip.hbm,
     "peak_bytes_per_device": memory.peak,

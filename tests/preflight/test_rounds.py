@@ -16,7 +16,15 @@ from distill_jax.errors import InputError
 from distill_jax.generation import placement
 from distill_jax.models import llama, loading
 from distill_jax.nn import params, sharding
-from distill_jax.preflight import chips, flops, rounds, step_estimate, topology
+from distill_jax.preflight import (
+  chips,
+  estimate,
+  flops,
+  round_teachers,
+  rounds,
+  step_estimate,
+  topology,
+)
 
 CHIP = chips.CHIPS["v5e"]
 CHIPS = 4
@@ -24,9 +32,9 @@ STEP_S = 0.25  # seconds of the step, as if it had been compiled
 TEMPORARIES = 2**20
 
 
-def stub_of_compiling(c, verb, program, hardware, mesh):
+def stub_of_compiling(c, verb, program, hardware, mesh, operations=None):
   """The estimate of a step that takes STEP_S seconds."""
-  operations = flops.step_flops(c, verb, program.rows)
+  operations = operations or flops.step_flops(c, verb, program.rows)
   sizes = program.arguments | {"outputs": 0, "temporaries": TEMPORARIES}
   return dict.fromkeys(rounds.OF_STEP) | {
     "fits": True,
@@ -133,6 +141,7 @@ def test_one_of_several_teachers_of_stored_scores_is_in_memory(monkeypatch):
   one, _ = estimated(monkeypatch, **{"train.online": False})
   two, _ = estimated(monkeypatch, **{"train.online": False, "teachers": {"maths": ""}})
   assert two["bytes_per_device"] == one["bytes_per_device"]
+  assert "(assumed, since there are no prompts yet): teacher 50%, maths 50%." in preflight.text(two)
 
 
 def test_all_online_teachers_are_in_memory_and_one_is_in_a_step(live, monkeypatch):
@@ -145,16 +154,22 @@ def test_all_online_teachers_are_in_memory_and_one_is_in_a_step(live, monkeypatc
     assert two["peak_bytes_per_device"][part] == one["peak_bytes_per_device"][part] + teacher
 
 
-@pytest.mark.parametrize("online", [True, False])
-def test_teachers_of_other_sizes_have_their_own_bytes(tmp_path, monkeypatch, online):
-  """With stored scores, the bytes are those of the largest teacher."""
-  folders = {}
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+  """Returns the sources of a narrow and a wide teacher, by name."""
+  sources = {}
   for name, width in (("narrow", 128), ("wide", 4096)):
-    folders[name] = tmp_path / name
-    folders[name].mkdir()
+    folder = tmp_path_factory.mktemp(name)
     shape = dataclasses.replace(llama.CONFIGS["tiny"], intermediate_size=width)
-    (folders[name] / "config.json").write_text(json.dumps(shape.to_hf()))
-  narrow, wide = (str(folder) for folder in folders.values())
+    (folder / "config.json").write_text(json.dumps(shape.to_hf()))
+    sources[name] = str(folder)
+  return sources
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_teachers_of_other_sizes_have_their_own_bytes(sizes, monkeypatch, online):
+  """With stored scores, the bytes are those of the largest teacher."""
+  narrow, wide = sizes.values()
 
   def generating(source, **teachers):
     changes = {"train.online": online, "teacher.source": source, "teacher.shape": ""}
@@ -168,6 +183,53 @@ def test_teachers_of_other_sizes_have_their_own_bytes(tmp_path, monkeypatch, onl
     assert generating(wide, other=narrow) == large | {"teachers": small["teacher"]}
   else:
     assert generating(narrow, other=wide) == generating(wide, other=narrow) == large
+
+
+def teachers_of(c, **changes):
+  """Returns the teachers on the devices, and those outside the step, of rounds of 12 texts."""
+  c.generate.update(cache_len=64, samples=2)
+  c.update_from_flattened_dict({"teacher.shape": "", "train.batch_size": 4} | changes)
+  c = config.resolve(c)
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:CHIPS])
+  found = round_teachers.find(c, loading.open_source(c.student))
+  hardware = topology.Hardware("v5e:2x2", 1)
+  return found, round_teachers.outside_step(c, found, 12, hardware, mesh)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+  """Returns a file of prompts of which two thirds name the teacher `other`."""
+  file = tmp_path / "prompts.jsonl"
+  lines = [{"prompt": "2 + 2 =", "route": route} for route in ("", "other", "other")]
+  file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return str(file)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_each_teacher_scores_its_part_of_the_texts(sizes, prompts, online):
+  def score(source, prompts="", **teachers):
+    changes = {"train.online": online, "generate.prompts": prompts, "teachers": teachers}
+    found, others = teachers_of(model_config(), **changes, **{"teacher.source": source})
+    assert sum(teacher.share for teacher in found.values()) == 1
+    return round_teachers.step_flops(found, 4)["teacher"] if online else others.seconds
+
+  narrow, wide = score(sizes["narrow"]), score(sizes["wide"])
+  assert wide > 2 * narrow
+  # Stored: 4 rows are one of the 3 passes over 12 rows, 8 rows are two, and 6 rows too.
+  third = score(sizes["narrow"], prompts, other=sizes["wide"])
+  assert third == pytest.approx((narrow + 2 * wide) / 3)
+  equal = (narrow + wide) / 2 if online else 2 * (narrow + wide) / 3
+  assert score(sizes["narrow"], other=sizes["wide"]) == pytest.approx(equal)
+
+
+def test_a_teacher_without_prompts_is_not_loaded(sizes, prompts):
+  given = {"generate.prompts": prompts, "teacher.source": sizes["narrow"]}
+  given["teachers"] = {"other": sizes["narrow"], "unused": sizes["wide"]}
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:CHIPS])
+  for online in (True, False):
+    found, others = teachers_of(model_config(), **given, **{"train.online": online})
+    assert [*found] == ["teacher", "other"]
+    assert others.weights == estimate.model_bytes(found["other"].source, mesh)
 
 
 def test_servers_score_at_their_own_speed(monkeypatch):

@@ -51,7 +51,7 @@ from distill_jax import config
 from distill_jax.models import loading
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import sharding
-from distill_jax.preflight import compiler, programs, rounds, topology
+from distill_jax.preflight import compiler, programs, round_teachers, topology
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import CLOCK
 from distill_jax.training.step import Fixed, Step
@@ -188,7 +188,7 @@ def peaks(small: bool) -> dict[str, float]:
   c.teacher.param_dtype = "bfloat16"
   c.train.online, c.losses.soft = True, config.loss("kd", divergence="reverse_kl")
   c.generate.cache_len, c.train.batch_size, c.train.chunk = 128 if small else 1_024, 32, 128
-  run = rounds.as_training(config.resolve(c))
+  run = round_teachers.as_training(config.resolve(c))
   topology.prepare()
   mesh = topology.make_mesh(run.mesh, TOPOLOGY)
 
