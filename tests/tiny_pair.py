@@ -61,6 +61,23 @@ def teacher_config(folder, characters: int):
   return c
 
 
+def sampled_text(i, length):
+  """Row i of a round: random tokens of the student. Those of an odd number end."""
+  rng, student = np.random.default_rng(i), tables().student
+  t, prompt, n = np.arange(length), 3 + i % 2, 12 + i
+  tokens = np.where(t < n, rng.choice(np.flatnonzero(student.length_V), length), 0)
+  if i % 2:
+    tokens[n - 1] = student.end
+  logp, reward = -rng.gamma(1, 2, length), np.full(length, i % 3 == 0)
+  return {
+    "tokens_T": tokens.astype(np.int32),
+    "segments_T": (t < n).astype(np.int32),
+    "mask_T": (t >= prompt - 1) & (t < n - 1),
+    "behaviour_logp_T": logp.astype(np.float32),
+    "reward_T": reward.astype(np.float32),
+  }
+
+
 class Enumeration:
   """The projection as the design defines it, token by token, without tables."""
 

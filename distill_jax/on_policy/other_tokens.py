@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer import sides
 from distill_jax.cross_tokenizer.chains import Splits
+from distill_jax.cross_tokenizer.dense import DenseTables
 from distill_jax.cross_tokenizer.student_lengths import Source
 from distill_jax.cross_tokenizer.student_texts import StudentTexts
 from distill_jax.data import corpus
@@ -81,6 +82,11 @@ class OtherTokens:
   def tokenizer(self) -> str:
     """The digest of the teacher's tokenizer."""
     return self._tables.teacher.digest
+
+  @property
+  def dense_tables(self) -> DenseTables:
+    """The tables that are on the devices, as numpy arrays."""
+    return DenseTables.of(self._tables, self._splits)
 
   def rows(self, texts: Store) -> StudentRows:
     """Returns the rows of a round's texts, with the teacher's tokens.

@@ -30,11 +30,11 @@ def planned_rows(config: Config, store: MultiTeacherStore, tables: PairTables) -
   return StudentRows(store, tables, splits, positions(config), config.data.seq_len)
 
 
-def table_shapes(rows: StudentRows, mesh: Mesh) -> DenseTables:
-  """Returns the shapes of the tables, which are on every device."""
+def table_shapes(tables: DenseTables, mesh: Mesh) -> DenseTables:
+  """Returns the shapes of tables, which are on every device."""
   replicated = sharding.replicated(mesh)
 
   def shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
-  return jax.tree.map(shape, rows.dense_tables)
+  return jax.tree.map(shape, tables)

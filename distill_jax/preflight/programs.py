@@ -20,6 +20,7 @@ from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import sharding
+from distill_jax.on_policy.other_tokens import OtherTokens
 from distill_jax.preflight import other_tokenizer
 from distill_jax.records import (
   collate,
@@ -72,10 +73,17 @@ def without_weights(config: Config) -> Config:
   )
 
 
-def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
+def lower(config: Config, verb: str, mesh: Mesh, other: OtherTokens | None = None) -> LoweredStep:
   """Returns the step of `train`, `record` or `on_policy`, lowered for this mesh.
 
   That of `on_policy` is the step of `train` on texts that the student wrote.
+
+  Args:
+    config: the config of the run.
+    verb: the command.
+    mesh: the device mesh.
+    other: what the teacher in the step of `on_policy` needs if it has other tokens than the
+      student; otherwise None.
 
   Raises:
     InputError: `verb` would raise it, e.g. for a batch or dimension that is not divisible, or for
@@ -84,9 +92,11 @@ def lower(config: Config, verb: str, mesh: Mesh) -> LoweredStep:
   if verb == "record":
     return _record(config, mesh)
   if verb == "train":
-    return _train(config, mesh, {})
+    return _train(config, mesh, _planned_stores(config))
   scalars = fields.rollout_scalars(bool(config.on_policy.reward))
-  return _train(config, mesh, {"round": 0, "student": "", "sampling": {}, "scalars": scalars})
+  rollout = {"round": 0, "student": "", "sampling": {}, "scalars": scalars}
+  texts = _planned_store(config, rollout, other_tokenizer.positions(config))
+  return _train(config, mesh, [texts if other is None else other.planned(texts)])
 
 
 def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) -> Manifest:
@@ -116,16 +126,23 @@ def _feature_width(config: Config) -> int:
   return tap_features.feature_width(teacher, config.records.tap_kind)
 
 
-def _planned_store(config: Config, rollout: JsonObject) -> MultiTeacherStore:
-  """Returns a store of text that is not recorded yet; `rollout` is that of its manifest."""
-  store = Store(Path("preflight"), with_rollout(planned_manifest(config), rollout))
+def _planned_store(config: Config, rollout: JsonObject, positions: int = 0) -> MultiTeacherStore:
+  """Returns a store of text that is not recorded yet.
+
+  Args:
+    config: the config of the run.
+    rollout: that of its manifest.
+    positions: positions of a sequence; 0: data.seq_len.
+  """
+  planned = planned_manifest(config, positions=positions)
+  store = Store(Path("preflight"), with_rollout(planned, rollout))
   return MultiTeacherStore(store, dict.fromkeys(config.train.teachers, store))
 
 
-def _planned_stores(config: Config, rollout: JsonObject) -> stores.Stores:
+def _planned_stores(config: Config) -> stores.Stores:
   """Returns stores like those that `train` opens, without recorded files."""
   if not config.tasks:
-    store = _planned_store(config, rollout)
+    store = _planned_store(config, {})
     if not (config.train.online and config.retarget.tokenizer):
       return [store]
     aligned_store.check_options(config)
@@ -146,8 +163,7 @@ def _planned_stores(config: Config, rollout: JsonObject) -> stores.Stores:
   return recorded
 
 
-def _train(config: Config, mesh: Mesh, rollout: JsonObject) -> LoweredStep:
-  opened = _planned_stores(config, rollout)
+def _train(config: Config, mesh: Mesh, opened: stores.Stores) -> LoweredStep:
   student = loading.open_source(config.student, config.seed)
   c = config.train
   # The tokenizer and the stores can be missing, so their files are not checked.
@@ -172,7 +188,7 @@ def _train(config: Config, mesh: Mesh, rollout: JsonObject) -> LoweredStep:
   elif isinstance(opened[0], AlignedStore):
     rows = opened[0].rows
     row = student_rows.placeholder(rows.positions, rows.teacher_positions)
-    tables = other_tokenizer.table_shapes(rows, mesh)
+    tables = other_tokenizer.table_shapes(rows.dense_tables, mesh)
     teachers[student_rows.TEACHER] = OtherTokenizer(
       teachers[student_rows.TEACHER], tables, config.retarget.min_mass
     )
@@ -213,7 +229,7 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
   elif c.student_tokenizer:
     tables = student_corpus.make_tables(config, teacher)
     rows = other_tokenizer.planned_rows(config, _planned_store(config, {}), tables)
-    projected = (other_tokenizer.table_shapes(rows, mesh),)
+    projected = (other_tokenizer.table_shapes(rows.dense_tables, mesh),)
     manifest = planned_manifest(config, tables.student.size, rows.positions)
     reader, first_class = student_rows.read, 0
     row = student_rows.placeholder(rows.positions, rows.teacher_positions)
@@ -247,7 +263,6 @@ def placeholder_text(manifest: Manifest) -> Record:
     "tokens_T": np.zeros(T, np.int32),
     "segments_T": np.ones(T, np.int32),
     "mask_T": np.ones(T, bool),
-    **{field.record: np.zeros(T, field.dtype) for field in manifest.spec.rollout_scalars},
   }
 
 
@@ -265,7 +280,7 @@ def planned_batch(
 
   Args:
     manifest: the manifest of the store.
-    row: a record without targets, for all rows of the batch.
+    row: a record without what the store adds (targets and rollout scalars), for all rows.
     teachers: names of the teachers whose targets are recorded.
     reader: see collate.
     rows: number of rows.
@@ -273,6 +288,7 @@ def planned_batch(
   """
   layers, width = (len(manifest.taps.layers), manifest.taps.width) if manifest.taps else (0, 0)
   targets = fields.placeholder(manifest.spec, manifest.seq_len, layers, width)
+  row |= {field.record: targets[field.record] for field in manifest.spec.rollout_scalars}
   record = tf_example.decode(0, tf_example.encode(0, row | targets, manifest), manifest)
   for name in teachers:
     prefix = "" if name == "teacher" else f"{name}/"

@@ -1,8 +1,9 @@
 """The teachers of rounds of `on_policy` in preflight: their texts, their tokens and their time.
 
 Each teacher scores its part of the texts, that of its prompts; without files of prompts, all parts
-are assumed to be equal. A teacher with other tokens than the student's is computed as one with the
-student's.
+are assumed to be equal. A teacher with other tokens than the student's reads its own tokens of the
+texts, in rows of `OtherTokens.positions`, and its distributions are projected. The tokens of a
+model with a named shape, whose files are not read, are assumed to be the student's.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from distill_jax.config import Config
 from distill_jax.generation.prompts import Prompts
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import params, sharding
-from distill_jax.on_policy import prompt_index, run_setup
+from distill_jax.on_policy import other_tokens, prompt_index, run_setup
+from distill_jax.on_policy.other_tokens import OtherTokens
 from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.preflight import (
   decoding,
   estimate,
   flops,
+  other_tokenizer,
+  programs,
   roofline,
 )
 from distill_jax.preflight.topology import Hardware
@@ -40,11 +44,13 @@ class RoundTeacher(NamedTuple):
     source: The model, without weights.
     share: The part of the texts that it scores.
     run: The config of training with it as the only teacher; see `as_training`.
+    other: What it needs if it has other tokens than the student; else None.
   """
 
   source: ModelSource
   share: Fraction
   run: Config
+  other: OtherTokens | None
 
 
 class OtherTeachers(NamedTuple):
@@ -52,7 +58,7 @@ class OtherTeachers(NamedTuple):
 
   Attributes:
     weights: Bytes per device. With train.online, all `teachers` are in memory; with stored scores,
-      the largest teacher, since one at a time is.
+      the largest teacher, since one at a time is. Tables of other tokens are included.
     seconds: The lower bound for the scores of a round, without the time to load teachers.
   """
 
@@ -60,20 +66,32 @@ class OtherTeachers(NamedTuple):
   seconds: float = 0.0
 
 
-def as_training(config: Config) -> Config:
+def as_training(config: Config, other: OtherTokens | None = None) -> Config:
   """Returns the config of training on stored rows of the same length, generate.cache_len.
 
   Each step has the texts of one teacher, so `teachers` are not in it.
+
+  Args:
+    config: The config.
+    other: What `teacher` needs if it has other tokens than the student; else None. Its rows then
+      have data.seq_len tokens, and the student's retarget.seq_len.
   """
-  data = dataclasses.replace(config.data, seq_len=config.generate.cache_len, buckets=())
-  return dataclasses.replace(config, data=data, teachers={}, retarget=RetargetOptions())
+  length = config.generate.cache_len
+  positions = length if other is None else other.positions
+  data = dataclasses.replace(config.data, seq_len=positions, buckets=())
+  retarget, records = RetargetOptions(), config.records
+  if other is not None:
+    tokenizer = config.data.tokenizer or config.student.source
+    retarget = RetargetOptions(tokenizer=tokenizer, seq_len=length)
+    records = dataclasses.replace(records, student_tokenizer=tokenizer)
+  return dataclasses.replace(config, data=data, teachers={}, retarget=retarget, records=records)
 
 
 def find(config: Config, student: ModelSource) -> dict[str, RoundTeacher]:
   """Returns the teachers that run on the devices, by name; {} if servers score the texts.
 
   Raises:
-    InputError: Prompts cannot be used.
+    InputError: Prompts cannot be used, or a teacher cannot have other tokens than the student.
   """
   online = config.train.online
   if config.generate.server.urls and not online:
@@ -82,8 +100,9 @@ def find(config: Config, student: ModelSource) -> dict[str, RoundTeacher]:
   kept = {n: share for n, share in shares.items() if share or (online and n == TEACHER)}
   found = {}
   for name, source in run_setup.sources(config, kept).items():
-    run = as_training(dataclasses.replace(config, teacher=source.options))
-    found[name] = RoundTeacher(source, kept[name], run)
+    other = _other_tokens(config, student, source)
+    run = as_training(dataclasses.replace(config, teacher=source.options), other)
+    found[name] = RoundTeacher(source, kept[name], run, other)
   return found
 
 
@@ -100,6 +119,11 @@ def _shares(config: Config, student: ModelSource) -> dict[str, Fraction]:
     return dict.fromkeys(names, Fraction(1, len(names)))
   counts = prompt_index.counts(Prompts(run_setup.sampling_job(config, student)), names)
   return {name: Fraction(counts[name], counts.total()) for name in names}
+
+
+def _other_tokens(config: Config, student: ModelSource, teacher: ModelSource) -> OtherTokens | None:
+  is_known = teacher.tokenizer is not None and (config.data.tokenizer or student.tokenizer)
+  return other_tokens.find(config, student, teacher) if is_known else None
 
 
 def step_flops(teachers: Mapping[str, RoundTeacher], rows: int) -> dict[str, float]:
@@ -137,7 +161,7 @@ def outside_step(
   Raises:
     InputError: The mesh does not divide a batch or a model.
   """
-  sizes = {name: estimate.model_bytes(teacher.source, mesh) for name, teacher in teachers.items()}
+  sizes = {name: _bytes(teacher, mesh) for name, teacher in teachers.items()}
   if config.train.online:
     return OtherTeachers(sum(n for name, n in sizes.items() if name != TEACHER))
   if not teachers:
@@ -151,6 +175,14 @@ def outside_step(
   return OtherTeachers(max(sizes.values()), seconds)
 
 
+def _bytes(teacher: RoundTeacher, mesh: jax.sharding.Mesh) -> int:
+  """Returns the bytes per device of a teacher's weights and tables."""
+  weights = estimate.model_bytes(teacher.source, mesh)
+  if teacher.other is None:
+    return weights
+  return weights + programs.bytes_of(other_tokenizer.table_shapes(teacher.other.dense_tables, mesh))
+
+
 def _pass_seconds(
   teacher: RoundTeacher, moved: int, hardware: Hardware, mesh: jax.sharding.Mesh
 ) -> float:
@@ -160,7 +192,7 @@ def _pass_seconds(
 
   Args:
     teacher: The teacher.
-    moved: The bytes per device of its weights.
+    moved: The bytes per device of its weights and tables.
     hardware: The slices.
     mesh: The devices.
   """

@@ -256,7 +256,7 @@ def _step(
     program = programs.lower(run, "on_policy", mesh)
     return step_estimate.estimate(run, TRAIN, program, hardware, mesh)
   first = teachers[TEACHER]
-  program = programs.lower(first.run, "on_policy", mesh)
+  program = programs.lower(first.run, "on_policy", mesh, first.other)
   operations = round_teachers.step_flops(teachers, program.rows)
   return step_estimate.estimate(first.run, TRAIN, program, hardware, mesh, operations)
 

@@ -1,6 +1,7 @@
 """A teacher with other tokens than the student's, on texts that the student sampled."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -31,6 +32,7 @@ from distill_jax.training.state import with_tables
 from distill_jax.types import Inputs
 
 ROWS, T, LENGTH = 6, 24, 32
+text = functools.partial(tiny_pair.sampled_text, length=T)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +56,6 @@ def resolved(folder, **changes):
   c.retarget.seq_len = LENGTH
   c.update_from_flattened_dict(changes)
   return config.resolve(c)
-
-
-def text(i):
-  """A text of random tokens; those of an odd number end."""
-  rng, student = np.random.default_rng(i), tiny_pair.tables().student
-  t, prompt, n = np.arange(T), 3 + i % 2, 12 + i
-  tokens = np.where(t < n, rng.choice(np.flatnonzero(student.length_V), T), 0).astype(np.int32)
-  if i % 2:
-    tokens[n - 1] = student.end
-  logp, reward = -rng.gamma(1, 2, T).astype(np.float32), np.full(T, i % 3 == 0, np.float32)
-  mask = (t >= prompt - 1) & (t < n - 1)
-  named = {"tokens_T": tokens, "segments_T": (t < n).astype(np.int32), "mask_T": mask}
-  return named | {"behaviour_logp_T": logp, "reward_T": reward}
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
+import tiny_pair
 from preflight_config import CONFIGS, model_config
 
 from distill_jax import config
@@ -25,6 +27,7 @@ from distill_jax.preflight import (
   step_estimate,
   topology,
 )
+from distill_jax.records import collate, student_rows
 
 CHIP = chips.CHIPS["v5e"]
 CHIPS = 4
@@ -230,6 +233,54 @@ def test_a_teacher_without_prompts_is_not_loaded(sizes, prompts):
     found, others = teachers_of(model_config(), **given, **{"train.online": online})
     assert [*found] == ["teacher", "other"]
     assert others.weights == estimate.model_bytes(found["other"].source, mesh)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+  """Returns config keys of a teacher with other tokens than the student."""
+  folder = tmp_path_factory.mktemp("other")
+  shape = dataclasses.replace(llama.CONFIGS["tiny"], vocab_size=16)
+  (folder / "config.json").write_text(json.dumps(shape.to_hf()))
+  (folder / "tokenizer.json").write_bytes(tiny_pair.raw(tiny_pair.TEACHER))
+  (folder / "student.json").write_bytes(tiny_pair.raw(tiny_pair.STUDENT))
+  named = {"teacher.source": str(folder), "teacher.shape": ""}
+  return named | {"data.tokenizer": str(folder / "student.json"), "retarget.seq_len": 96}
+
+
+def bytes_of_other(teacher):
+  """The bytes per device of a teacher's weights and tables."""
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:CHIPS])
+  tables = sum(x.nbytes for x in jax.tree.leaves(teacher.other.dense_tables))
+  return estimate.model_bytes(teacher.source, mesh) + tables
+
+
+def test_a_live_teacher_with_other_tokens_reads_its_own_rows(other, monkeypatch):
+  """The batch is that of the loader."""
+  r, c = estimated(monkeypatch, **other, **{"on_policy.reward": "math"})
+  student = loading.open_source(c.student)
+  (teacher,) = round_teachers.find(c, student).values()
+  forward = flops.forward_flops(teacher.source, 4, 96)
+  projected = flops.PROJECTED_HEAD * flops.forward_flops(teacher.source, 4, 64).head
+  assert r["flops"]["teacher"] == pytest.approx(forward.total - forward.head + projected)
+  assert r["flops"]["layers"] == 3 * flops.forward_flops(student, 4, 64).weights
+  sizes = r["bytes_per_device"]["train"]
+  assert sizes["teacher"] == bytes_of_other(teacher)
+  texts = SimpleNamespace(
+    read_many=lambda indices: [tiny_pair.sampled_text(i, 64) for i in indices]
+  )
+  rows = teacher.other._rows(texts, SimpleNamespace(seq_len=64))
+  batch = collate.collate(rows.read_many(range(4)), with_targets=False, read=student_rows.read)
+  assert sizes["batch"] == sum(x.nbytes for x in jax.tree.leaves(batch)) // 2  # fsdp=2
+
+
+def test_a_stored_teacher_with_other_tokens_reads_its_own_rows(other):
+  found, others = teachers_of(model_config(), **other, **{"records.batch_size": 8})
+  (teacher,) = found.values()
+  assert others.weights == bytes_of_other(teacher)
+  # As in test_the_teacher_of_stored_scores_has_its_own_part, with rows of 96 tokens in float32.
+  shape, numbers = teacher.source.decoder_config, params.count(teacher.source.abstract)
+  sums = 2 * shape.num_hidden_layers * 4 * 96 * shape.hidden_size * 2
+  assert others.seconds == pytest.approx(2 * (4 * numbers / 2 / 2 + sums) / CHIP.ici, rel=1e-3)
 
 
 def test_servers_score_at_their_own_speed(monkeypatch):
