@@ -1,14 +1,16 @@
 // Answers one request of tools/llama_cpp.py with llama.cpp.
 //
-//   node llama_cpp.mjs FOLDER < REQUEST > ANSWER
+//   node llama_cpp.mjs FOLDER OUT < REQUEST
 //
-// FOLDER is where node-llama-cpp is installed; REQUEST and ANSWER are JSON.
+// FOLDER is where node-llama-cpp is installed. REQUEST is JSON; the answer is OUT/answer.json, and
+// the file OUT/logprobs for log-probabilities.
 
 import fs from "node:fs";
 import path from "node:path";
 import {pathToFileURL} from "node:url";
 
 const folder = path.resolve(process.argv[2]);
+const out = process.argv[3];
 const module = pathToFileURL(path.join(folder, "node_modules/node-llama-cpp/dist/index.js"));
 const {getLlama} = await import(module.href);
 
@@ -55,7 +57,7 @@ const actions = {
   async logprobs(model) {
     const seq = await sequence(model, request.tokens.length + 1);
     const size = [...model.iterateAllTokens()].length;
-    const file = fs.openSync(request.out, "w");
+    const file = fs.openSync(path.join(out, "logprobs"), "w");
     const rows = await seq.controlledEvaluate(
       request.tokens.map((token) => [token, {generateNext: {probabilities: true}}]),
     );
@@ -104,5 +106,6 @@ const model = await llama.loadModel({
   modelPath: request.path,
   vocabOnly: request.action === "vocabulary",
 });
-fs.writeSync(1, JSON.stringify(await actions[request.action](model)));
+const answer = await actions[request.action](model);
+fs.writeFileSync(path.join(out, "answer.json"), JSON.stringify(answer));
 process.exit(0);  // Without it, the threads of the runtime end seconds later.

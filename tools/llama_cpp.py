@@ -99,10 +99,9 @@ class LlamaCpp:
     llama.cpp gives probabilities in float32, which are normalised here, so a log-probability has
     an absolute error of 1e-6 more than the logits, and is -inf below about -103.
     """
-    with tempfile.TemporaryDirectory() as folder:
-      out = str(Path(folder, "logprobs"))
-      shape = self._call("logprobs", path, tokens=[int(t) for t in tokens], out=out)
-      return np.fromfile(out, np.float32).reshape(shape["rows"], shape["size"])
+    with tempfile.TemporaryDirectory() as out:
+      shape = self._answer(out, "logprobs", path, tokens=[int(t) for t in tokens])
+      return np.fromfile(Path(out, "logprobs"), np.float32).reshape(shape["rows"], shape["size"])
 
   def greedy(self, path: str | os.PathLike, tokens: Sequence[int], n: int) -> list[int]:
     """Returns the `n` most probable tokens after `tokens`; an eos token does not end them."""
@@ -120,10 +119,14 @@ class LlamaCpp:
     return (new - 1) / min(seconds)
 
   def _call(self, action: str, path: str | os.PathLike, **options: Any) -> Any:
+    with tempfile.TemporaryDirectory() as out:
+      return self._answer(out, action, path, **options)
+
+  def _answer(self, out: str, action: str, path: str | os.PathLike, **options: Any) -> Any:
     request = {"action": action, "path": str(Path(path).resolve()), **options}
     request |= {"threads": self.threads, "cache": self.cache}
     done = subprocess.run(
-      ["node", str(SCRIPT), os.environ[VARIABLE]],
+      ["node", str(SCRIPT), os.environ[VARIABLE], out],
       input=json.dumps(request),
       capture_output=True,
       text=True,
@@ -131,4 +134,4 @@ class LlamaCpp:
     )
     if done.returncode:
       raise RuntimeError(f"llama.cpp failed on {path}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout)
+    return json.loads(Path(out, "answer.json").read_bytes())

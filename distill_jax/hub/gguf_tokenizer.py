@@ -7,27 +7,12 @@ import pathlib
 from typing import Any, TypeGuard
 
 from distill_jax.errors import InputError
+from distill_jax.hub.gguf_pretokenizers import BYTES, PRE_TOKENIZERS
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.types import JsonObject
 
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-LLAMA_3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The pre-tokenizers by tokenizer.ggml.pre. "smollm" isolates every digit first, as SmolLM2's own
-# tokenizer.json and llama.cpp do. (transformers 5.23 ignores this rule in a GGUF file, and returns
-# different ids if two or more spaces precede a digit.)
-CUTS: dict[str, list[JsonObject]] = {
-  "gpt-2": [BYTES],
-  "smollm": [DIGITS, BYTES],
-  "llama-bpe": [
-    {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False},
-    {**BYTES, "use_regex": False},
-  ],
-}
+# Values of tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
@@ -42,11 +27,11 @@ def tokenizer_files(meta: JsonObject, path: pathlib.Path) -> TokenizerFiles:
     return meta.get(f"tokenizer.ggml.{name}", default)
 
   model, pre = key("model"), key("pre")
-  if model != "gpt2" or pre not in CUTS:
+  if model != "gpt2" or pre not in PRE_TOKENIZERS:
     raise InputError(
       f"{path} has a tokenizer with model {model!r} and pre {pre!r}, but only model "
-      f"'gpt2' with pre {', '.join(CUTS)} is supported in a GGUF file. Use the safetensors folder "
-      "of this model."
+      f"'gpt2' with pre {', '.join(PRE_TOKENIZERS)} is supported in a GGUF file. Use the "
+      "safetensors folder of this model."
     )
   tokens, merges, types = key("tokens"), key("merges"), key("token_type")
   _check_lists(tokens, merges, types, path)
@@ -109,15 +94,15 @@ def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> JsonObj
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
     if kind in (CONTROL, USER_DEFINED)
   ]
-  cuts = CUTS[pre]
-  vocab = {token: i for i, token in enumerate(tokens)}
+  pairs = enumerate(zip(tokens, types, strict=True))
+  vocab = {token: i for i, (token, kind) in pairs if kind != UNUSED}  # UNUSED: rows without a token
   return {
     "version": "1.0",
     "truncation": None,
     "padding": None,
     "added_tokens": added,
     "normalizer": None,
-    "pre_tokenizer": cuts[0] if len(cuts) == 1 else {"type": "Sequence", "pretokenizers": cuts},
+    "pre_tokenizer": PRE_TOKENIZERS[pre].json(),
     "post_processor": _begins_with(bos, vocab[bos]) if bos is not None else None,
     "decoder": {**BYTES, "add_prefix_space": True},
     "model": {
@@ -128,7 +113,7 @@ def _tokenizer_json(tokens, merges, types, pre: str, bos: str | None) -> JsonObj
       "end_of_word_suffix": None,
       "fuse_unk": False,
       "byte_fallback": False,
-      "ignore_merges": pre == "llama-bpe",
+      "ignore_merges": PRE_TOKENIZERS[pre].ignore_merges,
       "vocab": vocab,
       "merges": merges,
     },
