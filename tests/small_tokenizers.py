@@ -80,7 +80,9 @@ def metaspace(prefix: bool, runs=()) -> Tokenizer:
 
 
 @functools.cache
-def sentencepiece_model(prefix: bool, kind: str = "bpe") -> Tokenizer:
+def sentencepiece_model(
+  prefix: bool, kind: str = "bpe", runs: tuple[str, ...] = ("\u2581" * 4,)
+) -> Tokenizer:
   """Returns a sentencepiece model with byte fallback, as Llama 2 and Mistral (prefix=True) have."""
   out = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
@@ -93,7 +95,7 @@ def sentencepiece_model(prefix: bool, kind: str = "bpe") -> Tokenizer:
     normalization_rule_name="identity",
     remove_extra_whitespaces=False,
     add_dummy_prefix=prefix,
-    user_defined_symbols=["\u2581\u2581\u2581\u2581"],
+    user_defined_symbols=[*runs],
     hard_vocab_limit=False,
     num_threads=1,
     minloglevel=2,

@@ -9,6 +9,7 @@ into two tokens is a merge, and the merges of a token are next to each other in 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.hub.gguf_tokenizer import BYTE, NORMAL, UNKNOWN, USER_DEFINED
@@ -77,7 +78,7 @@ def of_sentencepiece(raw: bytes) -> Words:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-  proto = sentencepiece_model_pb2.ModelProto()
+  proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
   try:
     proto.ParseFromString(raw)
   except DecodeError as e:
@@ -88,6 +89,9 @@ def of_sentencepiece(raw: bytes) -> Words:
   changes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
   if changes or not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
     raise unsupported(f"normalizes texts by the rule {normalizer.name!r}")
+  defined = [p.piece for p in proto.pieces if p.type == USER_DEFINED]
+  if defined and normalizer.add_dummy_prefix:  # llama.cpp puts a space after each of them, too
+    raise unsupported(f"puts a space before a text and has the user-defined piece {defined[0]!r}")
   _check_bytes({p.piece for p in proto.pieces if p.type == BYTE})
   texts = [p.piece.replace(SPACE, " ") if p.type == USER_DEFINED else p.piece for p in proto.pieces]
   kinds = [p.type for p in proto.pieces]
@@ -116,7 +120,7 @@ def _check_bytes(tokens: Collection[str]) -> None:
 def _prefix(parsed: JsonObject) -> tuple[bool, list[str]]:
   """Returns whether llama.cpp puts a space before a text, and where this is not the same."""
   steps, cut = normalizers(parsed.get("normalizer")), parsed.get("pre_tokenizer")
-  if (cut or {}).get("type") == "Metaspace" and not steps:
+  if cut and cut["type"] == "Metaspace" and not steps:
     scheme = cut.get("prepend_scheme", "always")
     if cut.get("replacement", SPACE) != SPACE or cut.get("split", True):
       raise unsupported("divides texts by Metaspace with split")

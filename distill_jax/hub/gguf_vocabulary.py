@@ -128,7 +128,7 @@ def _special(files: TokenizerFiles, config: JsonObject, words: Words) -> dict[st
   def named(role: str) -> int | None:
     token = files.config.get(f"{role}_token")
     text = token["content"] if isinstance(token, dict) else token
-    return ids.get(text, words.special.get(role))
+    return ids[text] if text in ids else words.special.get(role)
 
   bos = words.begin[0] if words.begin else named("bos")
   ends = _ends(named("eos"), config.get("eos_token_id"), words)

@@ -37,10 +37,15 @@ def byte_level(name="gpt-2", **kwargs):
   return parsed
 
 
+def sentences(prefix):
+  """A sentencepiece model, with a user-defined run of spaces unless it prepends one."""
+  return small_tokenizers.sentencepiece_model(prefix, runs=() if prefix else (SPACE * 4,))
+
+
 def pieces(prefix=True, **kwargs):
   """A sentencepiece model as a tokenizer.json, converted as transformers does it."""
   proto = sentencepiece_model_pb2.ModelProto()
-  proto.ParseFromString(small_tokenizers.sentencepiece_model(prefix).raw)
+  proto.ParseFromString(sentences(prefix).raw)
   vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
   best_first = sorted(proto.pieces, key=lambda p: p.score, reverse=True)
   cuts = ((p.piece[:i], p.piece[i:]) for p in best_first for i in range(len(p.piece) - 1, 0, -1))
@@ -140,11 +145,13 @@ def test_other_forms_of_the_same_pre_tokenizer():
 @pytest.mark.parametrize("prefix", [True, False])
 def test_scores_replace_merges(prefix):
   """Llama.cpp's rule with the file's scores gives the ids of sentencepiece and of its merges."""
-  sentences = small_tokenizers.sentencepiece_model(prefix)
-  files = TokenizerFiles(None, sentences.raw, {})
-  entries = dict(vocabulary(files, {"vocab_size": sentences.vocab_size + 1}, {}))
-  assert entries["tokenizer.ggml.token_type"][:4] == [UNKNOWN, CONTROL, CONTROL, USER_DEFINED]
-  assert entries["tokenizer.ggml.tokens"][3] == "    "  # found in the text before it is changed
+  model = sentences(prefix)
+  files = TokenizerFiles(None, model.raw, {})
+  entries = dict(vocabulary(files, {"vocab_size": model.vocab_size + 1}, {}))
+  kinds = [UNKNOWN, CONTROL, CONTROL, BYTE if prefix else USER_DEFINED]
+  assert entries["tokenizer.ggml.token_type"][:4] == kinds
+  if not prefix:  # it is found in the text before spaces are replaced
+    assert entries["tokenizer.ggml.tokens"][3] == "    "
   assert entries["tokenizer.ggml.token_type"][-1] == UNUSED
   assert entries["tokenizer.ggml.token_type"].count(BYTE) == 256
   want = {"bos": 1, "eos": 2, "unknown": 0}
@@ -163,7 +170,7 @@ def test_scores_replace_merges(prefix):
     ids = merged.encode(text, add_special_tokens=False).ids
     assert gguf_words.by_score(meta, text) == ids, text
     if text.strip(" "):
-      assert gguf_words.by_score(first, text) == sentences.encode(text), text
+      assert gguf_words.by_score(first, text) == model.encode(text), text
 
 
 def test_runs_of_a_letter_share_a_score():
@@ -279,7 +286,9 @@ def test_sentencepiece_models_that_are_refused():
   with pytest.raises(InputError, match="damaged"):
     convert(b"\xff" * 40)
   proto = sentencepiece_model_pb2.ModelProto()
-  proto.ParseFromString(small_tokenizers.sentencepiece_model(True).raw)
+  with pytest.raises(InputError, match="user-defined piece '\u2581\u2581"):
+    convert(small_tokenizers.sentencepiece_model(True).raw)
+  proto.ParseFromString(sentences(True).raw)
   proto.normalizer_spec.remove_extra_whitespaces = True
   with pytest.raises(InputError, match="normalizes texts by the rule 'identity'"):
     convert(proto.SerializeToString())
