@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,15 @@ from distill_jax.errors import bad_value
 from distill_jax.hub import export_folder
 from distill_jax.hub.export_folder import Content
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
-from distill_jax.hub.tensors import InCheckpoint, InMemory, Shard, Tensor, tensors_of
+from distill_jax.hub.tensors import (
+  Constant,
+  Encoded,
+  InCheckpoint,
+  InMemory,
+  Shard,
+  Tensor,
+  tensors_of,
+)
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype, hf_json
 from distill_jax.nn import params
@@ -18,6 +27,9 @@ from distill_jax.runtime.saved_arrays import SavedArrays
 from distill_jax.types import JsonObject, Model
 
 SHARD_BYTES = 5 * 10**9
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "int32": "I32"}
+CODES |= {"int64": "I64"}
+Typed = Tensor | Encoded | Constant
 
 
 def export_model(
@@ -57,7 +69,7 @@ def export_model(
   if shard_bytes < 1:
     expected = "a positive number of bytes"
     raise bad_value("export.shard_bytes", shard_bytes, expected, "Correct it")
-  shards = _shards(tensors_of(model, float_dtype(dtype)), shard_bytes)
+  shards, index = safetensors_shards(tensors_of(model, float_dtype(dtype)), shard_bytes)
   others = dict(extra or {})
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`; older versions and vLLM read `torch_dtype`.
@@ -68,7 +80,7 @@ def export_model(
     texts["generation_config.json"] = hf_json(generation)
   texts |= tokenizer_files(tokenizer, card)
   if len(shards) > 1:
-    texts[INDEX] = hf_json(_index(shards))
+    texts[INDEX] = hf_json(index)
   texts["config.json"] = hf_json(hf)
   if saved is None:
     content = Content(shards, InMemory(), texts)
@@ -78,8 +90,17 @@ def export_model(
   export_folder.write(target, content)
 
 
-def _shards(tensors: Iterable[Tensor], limit: int) -> list[Shard]:
-  groups: list[list[Tensor]] = [[]]
+def safetensors_shards(tensors: Iterable[Typed], limit: int) -> tuple[list[Shard], JsonObject]:
+  """Divides tensors among safetensors files.
+
+  Args:
+    tensors: the tensors, in the order of the files.
+    limit: the maximum size of the tensors of a file, unless one is larger.
+
+  Returns:
+    (the files, the contents of their index).
+  """
+  groups: list[list[Typed]] = [[]]
   size = 0
   for t in tensors:
     if groups[-1] and size + t.nbytes > limit:
@@ -87,18 +108,34 @@ def _shards(tensors: Iterable[Tensor], limit: int) -> list[Shard]:
       size = 0
     groups[-1].append(t)
     size += t.nbytes
-  if len(groups) == 1:
-    return [Shard(SINGLE, tuple(groups[0]))]
-  name = f"model-{{:05d}}-of-{len(groups):05d}.safetensors"
-  return [Shard(name.format(i), tuple(group)) for i, group in enumerate(groups, 1)]
+  name = f"model-{{:05d}}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
+  shards = [
+    Shard(name.format(i), tuple(group), safetensors_header(group))
+    for i, group in enumerate(groups, 1)
+  ]
+  total = sum(math.prod(t.shape) for group in groups for t in group)
+  meta = {"total_parameters": total, "total_size": sum(t.nbytes for group in groups for t in group)}
+  return shards, {
+    "metadata": meta,
+    "weight_map": {t.name: s.name for s in shards for t in s.tensors},
+  }
 
 
-def _index(shards: list[Shard]) -> JsonObject:
-  """Returns the contents of the index of several safetensors files."""
-  tensors = [t for shard in shards for t in shard.tensors]
-  total = sum(math.prod(t.shape) for t in tensors)
-  meta = {"total_parameters": total, "total_size": sum(t.nbytes for t in tensors)}
-  return {"metadata": meta, "weight_map": {t.name: s.name for s in shards for t in s.tensors}}
+def safetensors_header(tensors: Iterable[Typed]) -> bytes:
+  """Returns the bytes of a safetensors file before the values of the first tensor."""
+  at = 0
+  entries: JsonObject = {"__metadata__": {"format": "pt"}}  # transformers needs it
+  for t in tensors:
+    end = at + t.nbytes
+    entries[t.name] = {
+      "dtype": CODES[t.dtype.name],
+      "shape": list(t.shape),
+      "data_offsets": [at, end],
+    }
+    at = end
+  text = json.dumps(entries, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+  return len(text).to_bytes(8, "little") + text
 
 
 def tokenizer_files(tokenizer: TokenizerFiles | None, card: str) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from distill_jax.hub import export_folder
-from distill_jax.hub.export import tokenizer_files
+from distill_jax.hub.export import safetensors_header, tokenizer_files
 from distill_jax.hub.export_folder import Content
 from distill_jax.hub.tensors import InMemory, Shard, tensors_of
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -55,5 +55,5 @@ def export_adapters(
     "inference_mode": True,
   }
   texts = tokenizer_files(tokenizer, card) | {"adapter_config.json": hf_json(about)}
-  shard = Shard("adapter_model.safetensors", tuple(tensors))
+  shard = Shard("adapter_model.safetensors", tuple(tensors), safetensors_header(tensors))
   export_folder.write(target, Content([shard], InMemory(), texts))

@@ -1,8 +1,11 @@
-"""The tensors of a Hugging Face checkpoint that is written, from memory or from a run's checkpoint.
+"""The tensors of the files that are written, from memory or from a run's checkpoint.
 
 A tensor is computed in parts: in the layout of the file and in its order, so that one part after
 the other is written. From memory it has one part, the tensor. From a checkpoint a part has at most
 PART_BYTES, read by slices, so that no process holds a model, nor one of its embeddings.
+
+A file consists of FileTensors: of Tensors, which have the values of the parameters, of Encoded
+tensors, which are computed from these part by part, and of Constants.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,14 +25,35 @@ from flax import nnx
 from distill_jax.errors import InputError
 from distill_jax.hub import declared
 from distill_jax.nn import params
-from distill_jax.runtime import distributed
-from distill_jax.runtime.saved_arrays import SavedArrays, Sums
-from distill_jax.types import JsonObject, PyTree
+from distill_jax.runtime import distributed, saved_arrays
+from distill_jax.runtime.saved_arrays import SavedArrays, Sums, add
+from distill_jax.types import PyTree
 
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PART_BYTES = 64 * 2**20
 AHEAD = 3  # parts that are being read while one is written
 Finish = Callable[[], np.ndarray]
+
+
+class FileTensor(Protocol):
+  """A part of a file, in its layout.
+
+  Attributes:
+    name: its name in the file.
+    nbytes: its size in the file.
+  """
+
+  @property
+  def name(self) -> str: ...
+  @property
+  def nbytes(self) -> int: ...
+
+  def reads(self, source: Source, sums: Sums) -> Iterator[Callable[[], Finish]]:
+    """Yields for each part, in order, a function that starts to read what it needs.
+
+    Args:
+      source: where the values of the model are.
+      sums: the checksums of what is read are added when a part is finished.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +85,9 @@ class Tensor:
   def nbytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
 
+  def reads(self, source: Source, sums: Sums) -> Iterator[Callable[[], Finish]]:
+    return source.reads(self, sums)
+
   def to_stored(self, ours: np.ndarray) -> np.ndarray:
     """Returns a part in the layout and dtype of the checkpoint.
 
@@ -70,12 +96,74 @@ class Tensor:
     """
     with np.errstate(over="ignore"):  # checked below
       stored = self.layout.to_stored(ours, self.dtype)
-    if self.dtype == np.float16 and np.isinf(stored).any() and not np.isinf(ours).any():
-      raise InputError(
-        f"{self.name} contains {np.abs(ours).max():.3g}, but the maximum of float16 is 65504. Set "
-        "export.dtype to 'bfloat16'."
-      )
+    check_overflow(self.name, ours, stored)
     return stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """A tensor of the file that is computed from one of the model, some whole rows at a time.
+
+  Attributes:
+    name: its name in the file.
+    tensor: the tensor of the model.
+    encode: computes a part of the file from rows in float32, in the layout of a checkpoint.
+    shape: its shape in the file.
+    dtype: its dtype in the file.
+    readers: the number of tensors in the files that read the same parameter before this one. Each
+      of them must read all of it, since the checksum of the parameter is compared for each.
+  """
+
+  name: str
+  tensor: Tensor
+  encode: Callable[[np.ndarray], np.ndarray]
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  readers: int = 0
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  def reads(self, source: Source, sums: Sums) -> Iterator[Callable[[], Finish]]:
+    read: Sums = {}  # of the part that is being finished
+
+    def finish(inner: Finish) -> np.ndarray:
+      read.clear()
+      rows = inner()
+      add(sums, {saved_arrays.key(path, self.readers): found for path, found in read.items()})
+      return self.encode(rows)
+
+    def start(begin: Callable[[], Finish]) -> Finish:
+      return functools.partial(finish, begin())
+
+    in_float32 = dataclasses.replace(self.tensor, dtype=np.dtype(np.float32))
+    for begin in source.reads(in_float32, read):
+      yield functools.partial(start, begin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """A tensor of the file that does not depend on the model's weights, or the space between two."""
+
+  name: str
+  value: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.value.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.value.dtype
+
+  @property
+  def nbytes(self) -> int:
+    return self.value.nbytes
+
+  def reads(self, source: Source, sums: Sums) -> Iterator[Callable[[], Finish]]:
+    del source, sums
+    yield lambda: lambda: self.value
 
 
 class Source(Protocol):
@@ -124,6 +212,15 @@ class InCheckpoint:
       yield functools.partial(start, index)
 
 
+def check_overflow(name: str, value: np.ndarray, stored: np.ndarray) -> None:
+  """Raises InputError if a finite value has become infinite in float16."""
+  if stored.dtype == np.float16 and np.isinf(stored).any() and not np.isinf(value).any():
+    raise InputError(
+      f"{name} contains {np.abs(value).max():.3g}, but the maximum of float16 is 65504. Set "
+      "export.dtype to 'bfloat16'."
+    )
+
+
 def tensors_of(model: PyTree, dtype: np.dtype) -> list[Tensor]:
   """Returns the tensors of a model's parameters (or their shapes), layer by layer.
 
@@ -152,7 +249,7 @@ def _to_host(x: jax.Array, loop_index: tuple[int, ...]) -> np.ndarray:
   return distributed.to_host(x[(*loop_index, ...)])
 
 
-def parts(source: Source, tensors: Iterable[Tensor], sums: Sums) -> Iterator[np.ndarray]:
+def parts(source: Source, tensors: Iterable[FileTensor], sums: Sums) -> Iterator[np.ndarray]:
   """Yields the parts of tensors, in order; the next ones are being read.
 
   Args:
@@ -162,7 +259,7 @@ def parts(source: Source, tensors: Iterable[Tensor], sums: Sums) -> Iterator[np.
   """
   started: collections.deque[Finish] = collections.deque()
   for tensor in tensors:
-    for start in source.reads(tensor, sums):
+    for start in tensor.reads(source, sums):
       started.append(start())
       if len(started) > AHEAD:
         yield started.popleft()()
@@ -172,27 +269,17 @@ def parts(source: Source, tensors: Iterable[Tensor], sums: Sums) -> Iterator[np.
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """One safetensors file: its name and tensors."""
+  """One file of tensors.
+
+  Attributes:
+    name: its name in the folder.
+    tensors: what follows the header, without gaps.
+    header: the bytes before the first tensor.
+  """
 
   name: str
-  tensors: tuple[Tensor, ...]
-
-  @functools.cached_property
-  def header(self) -> bytes:
-    """The bytes before the values of the first tensor."""
-    at = 0
-    entries: JsonObject = {"__metadata__": {"format": "pt"}}  # transformers needs it
-    for t in self.tensors:
-      end = at + t.nbytes
-      entries[t.name] = {
-        "dtype": CODES[t.dtype.name],
-        "shape": list(t.shape),
-        "data_offsets": [at, end],
-      }
-      at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
+  tensors: tuple[FileTensor, ...]
+  header: bytes
 
   @property
   def nbytes(self) -> int:

@@ -26,7 +26,8 @@ with extras.needed("train"):
 
 CACHE_BYTES = 256 * 2**20
 REQUESTS = 32  # at a time
-Sums = dict[str, list[int]]  # checksums of parts of arrays, by path; see checkpoint.part_sums
+Sums = dict[str, list[int]]  # checksums of parts of arrays, by `key`; see checkpoint.part_sums
+AGAIN = "#"
 
 
 class SavedArrays:
@@ -92,7 +93,8 @@ class SavedArrays:
 
   def check(self, sums: Sums) -> None:
     """Raises InputError if the checksum of a parameter, the sum of those of its slices, differs."""
-    for path, found in sums.items():
+    for counted, found in sums.items():
+      path = counted.partition(AGAIN)[0]
       if found != self.about[path]["sums"]:
         why = f"the checksum of {path} differs"
         raise checkpoint.damage_error(self._saves, self._step, why)
@@ -128,6 +130,11 @@ def open_arrays(workdir: str | Path, step: int | None = None) -> Iterator[SavedA
   """
   with checkpoint.open_run(workdir) as saves:
     yield SavedArrays(saves, checkpoint.existing_step(saves, step))
+
+
+def key(path: str, readers: int) -> str:
+  """Returns the key in Sums of a parameter that is read again, after `readers` other readings."""
+  return f"{path}{AGAIN}{readers}" if readers else path
 
 
 def add(sums: Sums, more: Sums) -> None:
