@@ -91,7 +91,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
   summary = {"export_dir": options.dir, "parameters": params.count(model)}
   if config.student.share.layers:  # the folder has a copy of a shared layer for each use
     summary["shared_parameters"] = params.count(student.abstract_trainable)
-  if config.student.quantise.bits:  # the folder has the weights in export.dtype
+  if config.student.quantise.grid:  # the folder has the weights in export.dtype
     summary["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
   return summary
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from distill_jax.errors import bad_value
 from distill_jax.models.options import StudentOptions
-from distill_jax.nn import layer_sharing, lora, params, quantise, sharding
+from distill_jax.nn import grids, layer_sharing, lora, params, quantise, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.types import Model, PyTree
 
@@ -152,9 +152,9 @@ class Quantised(Trainable):
 
   def check(self, model: Model) -> None:
     quantise.check(self.options, model)
-    if not self.options.bits:
-      expected = "4 or 8 because student.train is 'quantised'"
-      raise bad_value("student.quantise.bits", 0, expected, "Set the bits")
+    if not self.options.grid:
+      expected = f"one of {', '.join(grids.GRIDS)} because student.train is 'quantised'"
+      raise bad_value("student.quantise.grid", "", expected, "Choose one")
 
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     """Returns the model with its linear weights rounded."""
@@ -193,7 +193,7 @@ class LayerSharing(Trainable):
 
   def merge(self, trained: PyTree, base: Model | None, mesh: Mesh, compute: ComputeConfig) -> Model:
     model = self.unshare(trained, mesh, compute)
-    if not self.integers.bits:
+    if not self.integers.grid:
       return model
     return Quantised(options=self.integers).merge(model, base, mesh, compute)
 

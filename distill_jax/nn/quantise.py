@@ -1,22 +1,22 @@
 """Quantisation-aware training of students with integer weights (arXiv:1712.05877, section 3).
 
-A linear weight W is used as s * round(W / s). Each output and group of inputs has its own scale s,
-the largest |W| in the group divided by 2^(b-1) - 1, so that the rounded numbers fit b bits. The
-gradient ignores the rounding (straight-through, arXiv:1308.3432). Embeddings, norms, biases,
-routers and the head are not quantised.
+A linear weight is used as it will be stored: as integers with a scale for each output and group of
+inputs (grids.py). The gradient ignores the rounding (straight-through, arXiv:1308.3432).
+Embeddings, norms, biases, routers and the head are not quantised.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.errors import bad_value
-from distill_jax.nn import params
+from distill_jax.errors import InputError, bad_value
+from distill_jax.nn import grids, params
 from distill_jax.types import Model, Tree
 
 
@@ -24,14 +24,15 @@ from distill_jax.types import Model, Tree
 class QuantiseOptions:
   """Integer weights of linear layers, in training and afterwards: see nn/quantise.py."""
 
-  bits: int = 0
-  """Bits of a weight: 4, 8, or 0 for weights that are not quantised."""
+  grid: str = ""
+  """Numbers of the weights: "int8" or "int4" (integers with bfloat16 scales, compressed-tensors in
+  an export), "Q8_0" or "Q4_0" (those of GGUF), or "" for weights that are not quantised."""
   group: int = 0
-  """Number of consecutive inputs that share a scale. 0: one scale for each output."""
+  """Number of consecutive inputs that share a scale, for "int8" and "int4". 0: one scale for each
+  output. "Q8_0" and "Q4_0" have groups of 32."""
 
 
 LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are separate tensors
-BITS = (0, 4, 8)
 
 
 def check(spec: QuantiseOptions, model: Model) -> None:
@@ -40,15 +41,26 @@ def check(spec: QuantiseOptions, model: Model) -> None:
   Raises:
     InputError: they do not.
   """
-  if spec.bits not in BITS:
-    raise bad_value("student.quantise.bits", spec.bits, "4, 8, or 0 for none", "Choose one")
+  if spec.grid not in ("", *grids.GRIDS):
+    expected = f"one of {', '.join(grids.GRIDS)}, or an empty string for none"
+    raise bad_value("student.quantise.grid", spec.grid, expected, "Choose one")
   if spec.group < 0:
     expected = "a number of inputs, or 0 for all inputs of an output"
     raise bad_value("student.quantise.group", spec.group, expected, "Change it")
-  for path, v in params.named_params(model) if spec.bits and spec.group else ():
-    if is_quantised(v) and (inputs := _inputs(v)) % spec.group:
-      expected = f"a divisor of {inputs}, the number of inputs of {path}"
-      raise bad_value("student.quantise.group", spec.group, expected, "Choose a divisor")
+  if spec.group and spec.grid not in grids.PACKED:
+    expected = f"0 because student.quantise.grid is {spec.grid!r}"
+    raise bad_value("student.quantise.group", spec.group, expected, "Remove the key")
+  for path, v in params.named_params(model) if spec.grid else ():
+    if is_quantised(v) and (n := inputs(v)) % grids.inputs_per_scale(spec.grid, spec.group, n):
+      raise _not_divided(spec, f"{n}, the number of inputs of {path}")
+
+
+def _not_divided(spec: QuantiseOptions, what: str) -> InputError:
+  if spec.grid in grids.PACKED:
+    expected = f"a divisor of {what}"
+    return bad_value("student.quantise.group", spec.group, expected, "Choose a divisor")
+  expected = f"'int8' or 'int4' because groups of {grids.BLOCK} do not divide {what}"
+  return bad_value("student.quantise.grid", spec.grid, expected, "Choose one of them")
 
 
 def is_quantised(v: nnx.Variable) -> bool:
@@ -59,20 +71,29 @@ def is_quantised(v: nnx.Variable) -> bool:
 
 def rounded(v: nnx.Variable, spec: QuantiseOptions) -> nnx.Variable:
   """Returns a quantised parameter as float32 in its own shape, other parameters unchanged."""
-  if not spec.bits or not is_quantised(v):
+  if not spec.grid or not is_quantised(v):
     return v
   axes, out = v.get_metadata()["axes"], v.get_metadata()["out"]
   first = [i for i, a in enumerate(axes) if a in LOOPS or a in out]
   last = [i for i, a in enumerate(axes) if i not in first]
   x = v[...].astype(jnp.float32)
-  rows = jnp.transpose(x, first + last)
-  grouped = rows.reshape(*(x.shape[i] for i in first), -1, spec.group or _inputs(v))
-  max_step = 2 ** (spec.bits - 1) - 1
-  scale = jnp.max(jnp.abs(grouped), -1, keepdims=True) / max_step
-  steps = jnp.round(grouped / jnp.where(scale > 0, scale, 1.0))  # within +-max_step
+  rows = jnp.transpose(x, first + last).reshape(*(x.shape[i] for i in first), inputs(v))
+  stored = _straight_through(rows, spec.grid, spec.group)
   back = sorted(range(x.ndim), key=(first + last).__getitem__)
-  on_grid = jnp.transpose((steps * scale).reshape(rows.shape), back)
-  return v.replace(x + jax.lax.stop_gradient(on_grid - x))
+  return v.replace(jnp.transpose(stored.reshape([x.shape[i] for i in first + last]), back))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _straight_through(x: jax.Array, grid: str, group: int) -> jax.Array:
+  """Returns numbers on the grid; the gradient is that of the identity."""
+  return grids.on_grid(x, grid, group)
+
+
+@_straight_through.defjvp
+def _(
+  grid: str, group: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  return _straight_through(*primals, grid, group), tangents[0]
 
 
 def tree(model: Tree, spec: QuantiseOptions) -> Tree:
@@ -85,18 +106,19 @@ def tree(model: Tree, spec: QuantiseOptions) -> Tree:
 
 
 def nbytes(model: Model, spec: QuantiseOptions) -> int:
-  """Returns the bytes of the weights: b bits each if quantised, plus a bfloat16 scale per group."""
+  """Returns the bytes of the weights: integers with a scale of 2 bytes per group if quantised."""
   total = 0
   for _, v in params.named_params(model):
     n = math.prod(v.shape)
-    if spec.bits and is_quantised(v):
-      total += n * spec.bits // 8 + 2 * n // (spec.group or _inputs(v))
+    if spec.grid and is_quantised(v):
+      group = grids.inputs_per_scale(spec.grid, spec.group, inputs(v))
+      total += n * grids.BITS[spec.grid] // 8 + 2 * n // group
     else:
       total += n * v.dtype.itemsize
   return total
 
 
-def _inputs(v: nnx.Variable) -> int:
+def inputs(v: nnx.Variable) -> int:
   """Returns the number of inputs of one output of a linear weight."""
   meta = v.get_metadata()
   sizes = zip(meta["axes"], v.shape, strict=True)

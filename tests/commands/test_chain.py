@@ -186,7 +186,10 @@ def other_words(c, path):
     ),
     (of(digest="abc"), "links.student: .*has digest .*, but the config requires abc"),
     (change(student={"shrink": {"layers": 2, "dtype": "float32"}}), "student.shrink.dtype is"),
-    (of(train="quantised", quantise={"bits": 3}), "links.student: student.quantise.bits is 3"),
+    (
+      of(train="quantised", quantise={"grid": "Q3"}),
+      "links.student: student.quantise.grid is 'Q3'",
+    ),
     (other_words, "links.student: .*200 .*|links.student: The student has tokenizer"),
     (lambda c, path: setattr(c, "losses", {}), "links.assistant: losses is {}; expected one loss"),
     (lambda c, path: c.optim.update(warmup_steps=4), "links.assistant: optim.warmup_steps is 4"),

