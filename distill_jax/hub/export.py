@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from distill_jax.errors import bad_value
-from distill_jax.hub import export_folder
+from distill_jax.hub import export_folder, rounding
 from distill_jax.hub.export_folder import Content
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
 from distill_jax.hub.tensors import (
@@ -23,6 +23,7 @@ from distill_jax.hub.tensors import (
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import float_dtype, hf_json
 from distill_jax.nn import params
+from distill_jax.nn.quantise import UNROUNDED, QuantiseOptions
 from distill_jax.runtime.saved_arrays import SavedArrays
 from distill_jax.types import JsonObject, Model
 
@@ -43,7 +44,8 @@ def export_model(
   extra: Mapping[str, JsonObject] | None = None,
   shard_bytes: int = SHARD_BYTES,
   saved: SavedArrays | None = None,
-) -> None:
+  quantise: QuantiseOptions = UNROUNDED,
+) -> int:
   """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` can load.
 
   See export_folder.py for what an interruption leaves. With `saved`, each process reads the
@@ -60,6 +62,10 @@ def export_model(
     dtype: the dtype of the tensors: "float32", "bfloat16" or "float16".
     shard_bytes: the maximum size of a safetensors file, unless a single tensor is larger.
     saved: the checkpoint that has the values of the parameters; None: `model` has them.
+    quantise: the grid on which the linear weights of layers were trained, if any.
+
+  Returns:
+    The size of the weight files in bytes.
 
   Raises:
     InputError: The target exists, the disk is full, a value is too large for the dtype, or the
@@ -69,7 +75,8 @@ def export_model(
   if shard_bytes < 1:
     expected = "a positive number of bytes"
     raise bad_value("export.shard_bytes", shard_bytes, expected, "Correct it")
-  shards, index = safetensors_shards(tensors_of(model, float_dtype(dtype)), shard_bytes)
+  tensors = [rounding.trained_tensor(t, quantise) for t in tensors_of(model, float_dtype(dtype))]
+  shards, index = safetensors_shards(tensors, shard_bytes)
   others = dict(extra or {})
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`; older versions and vLLM read `torch_dtype`.
@@ -82,12 +89,28 @@ def export_model(
   if len(shards) > 1:
     texts[INDEX] = hf_json(index)
   texts["config.json"] = hf_json(hf)
+  export_folder.write(target, content_of(model, shards, texts, saved))
+  return sum(shard.nbytes for shard in shards)
+
+
+def content_of(
+  model: Model, shards: Sequence[Shard], texts: Mapping[str, bytes], saved: SavedArrays | None
+) -> Content:
+  """Returns the files of an export, with the source of the values.
+
+  Args:
+    model: the model, or its shapes with `saved`.
+    shards: the files of tensors.
+    texts: the other files, by name.
+    saved: the checkpoint that has the values of the parameters; None: `model` has them.
+
+  Raises:
+    InputError: the checkpoint is of another model.
+  """
   if saved is None:
-    content = Content(shards, InMemory(), texts)
-  else:
-    saved.check_same_model(dict(params.named_params(model)))
-    content = Content(shards, InCheckpoint(saved), texts, saved.digest, saved.check)
-  export_folder.write(target, content)
+    return Content(shards, InMemory(), texts)
+  saved.check_same_model(dict(params.named_params(model)))
+  return Content(shards, InCheckpoint(saved), texts, saved.digest, saved.check)
 
 
 def safetensors_shards(tensors: Iterable[Typed], limit: int) -> tuple[list[Shard], JsonObject]:

@@ -33,7 +33,8 @@ class Trainable:
   Attributes:
     frozen: prefixes of Hugging Face names of parameters that are not updated.
     has_base: whether the model itself is not trained. It is then the argument `base` below.
-    is_model: whether the trained parameters are the model in its family's ordinary form.
+    is_model: whether the trained parameters are the model in its family's ordinary form, perhaps
+      not rounded yet.
   """
 
   frozen: tuple[str, ...] = ()
@@ -148,7 +149,6 @@ class Quantised(Trainable):
   """Training of every parameter, with linear weights rounded to integers ("quantised")."""
 
   options: quantise.QuantiseOptions = quantise.QuantiseOptions()
-  is_model = False
 
   def check(self, model: Model) -> None:
     quantise.check(self.options, model)

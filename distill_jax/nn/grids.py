@@ -64,7 +64,7 @@ def decode(q: jax.Array, scale: jax.Array, group: int = 0) -> jax.Array:
 
 
 def on_grid(x: jax.Array, grid: str, group: int = 0) -> jax.Array:
-  """Returns the numbers [..., inputs] as they are after they were stored, in float32."""
+  """Returns the numbers [..., inputs] rounded to the grid, in float32."""
   q, scale = encode(x, grid, group)
   return decode(q, scale, inputs_per_scale(grid, group, x.shape[-1]))
 

@@ -32,6 +32,7 @@ class QuantiseOptions:
   output. "Q8_0" and "Q4_0" have groups of 32."""
 
 
+UNROUNDED = QuantiseOptions()
 LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are separate tensors
 
 

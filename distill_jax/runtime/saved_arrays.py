@@ -85,7 +85,7 @@ class SavedArrays:
       with checkpoint.reading(self._saves, self._step):
         x = future.result()
       start = np.array([s.start for s in index], np.uint32)
-      with jax.default_device(_host_device()):
+      with jax.default_device(host_device()):
         add(sums, {path: [int(n) for n in np.asarray(checkpoint.part_sums(x, start))]})
       return x
 
@@ -145,7 +145,7 @@ def add(sums: Sums, more: Sums) -> None:
 
 
 @functools.cache
-def _host_device() -> jax.Device:
+def host_device() -> jax.Device:
   """Returns the host's CPU, or the first device where jax does not use the CPU."""
   try:
     return jax.local_devices(backend="cpu")[0]

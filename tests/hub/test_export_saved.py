@@ -15,7 +15,8 @@ from distill_jax import registry
 from distill_jax.errors import InputError
 from distill_jax.hub import export, export_folder, tensors
 from distill_jax.models import llama
-from distill_jax.nn import layers, sharding
+from distill_jax.nn import layers, params, quantise, sharding
+from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import checkpoint, remote_files, saved_arrays
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,51 @@ def test_the_files_are_those_from_memory(family, small_parts, tmp_path):
   export.export_model(model, tmp_path / "a", **EXTRA, shard_bytes=60_000)
   export_saved(model, tmp_path, tmp_path / "b", shard_bytes=60_000)
   assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("grid", ["int4", "Q4_0"])
+@pytest.mark.parametrize("where", ["memory", "checkpoint"])
+def test_integers_are_rounded_part_by_part(grid, where, model, run, small_parts, tmp_path):
+  """The files are those of the model that was rounded before, as in training."""
+  spec = QuantiseOptions(grid)
+  rounded = jax.jit(quantise.tree, static_argnums=1)(model, spec)
+  export.export_model(rounded, tmp_path / "a", **EXTRA)
+  if where == "memory":
+    export.export_model(model, tmp_path / "b", quantise=spec, **EXTRA)
+  else:
+    export_saved(model, run, tmp_path / "b", quantise=spec)
+  assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("grid, bad", [("int8", np.nan), ("Q8_0", np.inf)])
+def test_a_number_without_a_place_on_the_grid_is_refused(grid, bad, model, tmp_path):
+  v = model.layers.up
+  broken = params.replace(model, {"layers.up": v[...].at[2, 5, 7].set(bad)})
+  with pytest.raises(InputError, match=rf"layers\.2\.mlp\.up.* contains {bad}.*cannot be rounded"):
+    export.export_model(broken, tmp_path / "out", quantise=QuantiseOptions(grid), **EXTRA)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_parameter_may_be_read_for_two_tensors(wrong, run, model, tmp_path):
+  """Each reading is compared with the checksum on its own."""
+  found = tensors.tensors_of(jax.eval_shape(lambda: model), np.dtype(np.float32))
+  plain = [t for t in found if "up_proj" in t.name]
+  again = [
+    tensors.Encoded(f"{t.name}.half", t, lambda x: x[:, ::2], (64, 16), t.dtype, readers=1)
+    for t in plain[wrong:]
+  ]
+  shards, _ = export.safetensors_shards([*plain, *again], 10**9)
+  with saved_arrays.open_arrays(run) as saved:
+    content = export.content_of(jax.eval_shape(lambda: model), shards, {}, saved)
+    if wrong:  # one layer has not been read again
+      with pytest.raises(InputError, match=r"the checksum of layers\.up differs"):
+        export_folder.write(tmp_path / "out", content)
+    else:
+      export_folder.write(tmp_path / "out", content)
+      made = load_file(tmp_path / "out/model.safetensors")
+      for t in plain:
+        np.testing.assert_array_equal(made[f"{t.name}.half"], made[t.name][:, ::2])
 
 
 def test_a_checkpoint_of_a_mesh(small_parts, tmp_path):
