@@ -8,8 +8,9 @@ model card). A LoRA run is exported merged, as a PEFT adapter or as its base mod
 
 A student that was trained whole is copied from its checkpoint, slice by slice: no accelerator is
 needed, and memory does not grow with it. Several processes write the weight files side by side. Run
-the same command again after an interruption; finished weight files are kept. Students whose
-weights are computed (adapters, shared layers, integers) are made in the memory of `mesh` first.
+the same command again after an interruption; finished weight files are kept. Linear weights that
+were trained as integers (student.quantise) are rounded on the way. Students whose weights are
+computed (adapters, shared layers) are made in the memory of `mesh` first.
 
 Config: mesh, export.
 
@@ -35,7 +36,7 @@ from distill_jax.hub.peft import export_adapters
 from distill_jax.models import FamilyConfig, loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
-from distill_jax.nn import params, quantise, sharding
+from distill_jax.nn import params, sharding
 from distill_jax.report import deployment, model_card
 from distill_jax.runtime import best_checkpoint, json_io, saved_arrays
 from distill_jax.types import JsonObject, Model
@@ -48,8 +49,8 @@ def run(config: Config, workdir: Path) -> JsonObject:
   """Writes the run in `workdir` as a Hugging Face folder into export.dir.
 
   Returns:
-    export_dir and parameters; for shared layers also shared_parameters, the number of distinct
-    parameters; for integer weights also integer_bytes, the size that the integers would have.
+    export_dir, parameters and bytes, the size of the weight files; for shared layers also
+    shared_parameters, the number of distinct parameters.
 
   Raises:
     InputError: The run or its checkpoint does not exist, or the folder exists.
@@ -67,6 +68,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
   trained = loading.open_run(workdir, step)
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)
+  summary: JsonObject = {"export_dir": options.dir}
   if options.lora == "peft":
     mesh = sharding.make_mesh(**vars(config.mesh))
     trained.check_base()
@@ -86,28 +88,29 @@ def run(config: Config, workdir: Path) -> JsonObject:
       dtype=options.dtype,
       shard_bytes=options.shard_bytes,
       extra=_task_files(config, student.config),
+      quantise=trained.config.student.quantise,
     )
-    model = _export(trained, config, write)
-  summary = {"export_dir": options.dir, "parameters": params.count(model)}
+    model, summary["bytes"] = _export(trained, config, write)
+  summary["parameters"] = params.count(model)
   if config.student.share.layers:  # the folder has a copy of a shared layer for each use
     summary["shared_parameters"] = params.count(student.abstract_trainable)
-  if config.student.quantise.grid:  # the folder has the weights in export.dtype
-    summary["integer_bytes"] = quantise.nbytes(model, config.student.quantise)
   return summary
 
 
-def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
-  """Writes a run, from its checkpoint where that has the model itself; returns it or its shapes."""
+def _export(trained: Run, config: Config, write: Callable[..., int]) -> tuple[Model, int]:
+  """Writes a run, from its checkpoint where that has the model itself.
+
+  Returns:
+    (the model or its shapes, the size of the weight files).
+  """
   if trained.student.trainable.is_model:
     model = trained.student.abstract_trainable
     with saved_arrays.open_arrays(trained.folder, trained.step) as saved:
-      write(model, saved=saved)
-    return model
+      return model, write(model, saved=saved)
   mesh = sharding.make_mesh(**vars(config.mesh))
   with jax.set_mesh(mesh):
     model = _load(trained, config.export, mesh)
-    write(model)
-  return model
+    return model, write(model)
 
 
 def _check(options: ExportOptions, adapters: bool) -> None:

@@ -132,7 +132,7 @@ class Encoded:
       read.clear()
       rows = inner()
       add(sums, {saved_arrays.key(path, self.readers): found for path, found in read.items()})
-      return self.encode(rows)
+      return np.ascontiguousarray(self.encode(rows))
 
     def start(begin: Callable[[], Finish]) -> Finish:
       return functools.partial(finish, begin())

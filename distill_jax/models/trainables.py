@@ -33,8 +33,8 @@ class Trainable:
   Attributes:
     frozen: prefixes of Hugging Face names of parameters that are not updated.
     has_base: whether the model itself is not trained. It is then the argument `base` below.
-    is_model: whether the trained parameters are the model in its family's ordinary form, perhaps
-      not rounded yet.
+    is_model: whether the trained parameters are the model in its family's ordinary form, apart from
+      the rounding of weights.
   """
 
   frozen: tuple[str, ...] = ()
