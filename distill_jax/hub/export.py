@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from distill_jax.errors import bad_value
-from distill_jax.hub import export_folder, rounding
+from distill_jax.hub import export_folder, packed_export, rounding
 from distill_jax.hub.export_folder import Content
 from distill_jax.hub.safetensors_folder import INDEX, SINGLE
 from distill_jax.hub.tensors import (
@@ -45,6 +45,7 @@ def export_model(
   shard_bytes: int = SHARD_BYTES,
   saved: SavedArrays | None = None,
   quantise: QuantiseOptions = UNROUNDED,
+  integers: QuantiseOptions = UNROUNDED,
 ) -> int:
   """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` can load.
 
@@ -63,25 +64,32 @@ def export_model(
     shard_bytes: the maximum size of a safetensors file, unless a single tensor is larger.
     saved: the checkpoint that has the values of the parameters; None: `model` has them.
     quantise: the grid on which the linear weights of layers were trained, if any.
+    integers: "int8" or "int4" to store these weights as integers, by compressed-tensors.
 
   Returns:
     The size of the weight files in bytes.
 
   Raises:
-    InputError: The target exists, the disk is full, a value is too large for the dtype, or the
-      checkpoint is damaged or of another model.
+    InputError: The target exists, the grid does not fit the model, the disk is full, a value is
+      too large for the dtype, or the checkpoint is damaged or of another model.
     Unavailable: The store does not answer.
   """
   if shard_bytes < 1:
     expected = "a positive number of bytes"
     raise bad_value("export.shard_bytes", shard_bytes, expected, "Correct it")
-  tensors = [rounding.trained_tensor(t, quantise) for t in tensors_of(model, float_dtype(dtype))]
+  number_type, quantization = float_dtype(dtype), {}
+  of_model = tensors_of(model, number_type)
+  tensors: Iterable[Typed] = (rounding.trained_tensor(t, quantise) for t in of_model)
+  if integers.grid:
+    scheme = packed_export.scheme_of(model, integers)
+    tensors = packed_export.file_tensors(of_model, scheme, quantise, number_type)
+    quantization["quantization_config"] = packed_export.quantization_config(model, scheme)
   shards, index = safetensors_shards(tensors, shard_bytes)
   others = dict(extra or {})
   ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
   # transformers 5 reads `dtype`; older versions and vLLM read `torch_dtype`.
   hf = {**model.config.to_hf(), **others.pop("config.json", {}), "dtype": dtype}
-  hf |= {"torch_dtype": dtype, **ids}
+  hf |= {"torch_dtype": dtype, **ids, **quantization}
   texts = {name: hf_json(value) for name, value in others.items()}
   if generation:
     texts["generation_config.json"] = hf_json(generation)
@@ -136,12 +144,22 @@ def safetensors_shards(tensors: Iterable[Typed], limit: int) -> tuple[list[Shard
     Shard(name.format(i), tuple(group), safetensors_header(group))
     for i, group in enumerate(groups, 1)
   ]
-  total = sum(math.prod(t.shape) for group in groups for t in group)
-  meta = {"total_parameters": total, "total_size": sum(t.nbytes for group in groups for t in group)}
+  every = [t for group in groups for t in group]
+  meta = {
+    "total_parameters": sum(map(_parameters, every)),
+    "total_size": sum(t.nbytes for t in every),
+  }
   return shards, {
     "metadata": meta,
     "weight_map": {t.name: s.name for s in shards for t in s.tensors},
   }
+
+
+def _parameters(tensor: Typed) -> int:
+  """Returns the number of parameters that a tensor of a file stands for."""
+  if isinstance(tensor, Tensor):
+    return math.prod(tensor.shape)
+  return math.prod(tensor.tensor.shape) if isinstance(tensor, Encoded) and not tensor.readers else 0
 
 
 def safetensors_header(tensors: Iterable[Typed]) -> bytes:

@@ -28,11 +28,16 @@ def on_grid(name: str, rows: np.ndarray, spec: QuantiseOptions) -> np.ndarray:
   with jax.default_device(host_device()):
     rounded = np.asarray(_on_grid(rows, spec.grid, spec.group))
   if not np.isfinite(rounded).all():
-    raise InputError(
-      f"{name} contains {np.abs(rows).max():.3g}, which cannot be rounded to {spec.grid}. Export "
-      "an earlier checkpoint with export.step."
-    )
+    raise not_finite(name, rows, spec)
   return rounded
+
+
+def not_finite(name: str, rows: np.ndarray, spec: QuantiseOptions) -> InputError:
+  """Returns the error for rows that are not finite numbers on a grid."""
+  return InputError(
+    f"{name} contains {np.abs(rows).max():.3g}, which cannot be rounded to {spec.grid}. Export an "
+    "earlier checkpoint with export.step."
+  )
 
 
 def trained_tensor(tensor: Tensor, spec: QuantiseOptions) -> Tensor | Encoded:

@@ -1,23 +1,13 @@
-"""`record` with a real vLLM server, against the same teacher on the local devices.
-
-It needs a vLLM of its own, because its packages do not fit those of this project: set VLLM to the
-path of its command, e.g. VLLM=/opt/vllm/bin/vllm. On 2 CPU cores, the server starts in 2 minutes.
-"""
+"""`record` with a real vLLM server, against the same teacher on the local devices."""
 
 import asyncio
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
 
-import httpx2
 import numpy as np
 import pytest
 import tiny
 import tiny_transformers
+import vllm_server
 from json_lines import write_lines
 
 from distill_jax import config
@@ -31,13 +21,8 @@ from distill_jax.records.store import open_store
 from distill_jax.served import probes
 from distill_jax.served.scoring_client import ScoringClient
 
-COMMAND = os.environ.get("VLLM", "")
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(not COMMAND, reason="set VLLM to the path of vLLM's command"),
-]
+pytestmark = [pytest.mark.slow, vllm_server.needed]
 MAX_LEN, MAX_LOGPROBS, SEQ_LEN = 128, 24, 64
-START_S = 900.0
 
 
 @pytest.fixture(scope="module")
@@ -64,41 +49,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(model, tmp_path_factory):
+def url(model):
   """The address of a server of the model."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  command = [COMMAND, "serve", str(model), "--served-model-name", "teacher", "--dtype", "float32"]
-  command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(MAX_LEN)]
-  command += ["--max-logprobs", str(MAX_LOGPROBS), "--enforce-eager"]
-  environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
-  environ |= {"HF_HUB_OFFLINE": "1"}
-  file = tmp_path_factory.mktemp("vllm") / "log.txt"
-  with file.open("w") as log:
-    server = subprocess.Popen(
-      command, env=os.environ | environ, stdout=log, stderr=log, start_new_session=True
-    )
-  try:
-    _wait_until_ready(server, f"http://127.0.0.1:{port}/health", file)
-    yield f"http://127.0.0.1:{port}/v1"
-  finally:
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(server.pid, signal.SIGTERM)
-    try:
-      server.wait(60)
-    except subprocess.TimeoutExpired:
-      os.killpg(server.pid, signal.SIGKILL)
-
-
-def _wait_until_ready(server, address, file):
-  end = time.monotonic() + START_S
-  while time.monotonic() < end and server.poll() is None:
-    with contextlib.suppress(httpx2.HTTPError):
-      if httpx2.get(address, timeout=5).status_code == 200:
-        return
-    time.sleep(2)
-  raise AssertionError(f"vLLM did not start:\n{file.read_text()[-3000:]}")
+  options = ["--max-model-len", str(MAX_LEN), "--max-logprobs", str(MAX_LOGPROBS)]
+  with vllm_server.serving(model, "teacher", "float32", *options) as address:
+    yield address
 
 
 @pytest.fixture
