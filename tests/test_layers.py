@@ -31,7 +31,7 @@ LAYERS = (
   ("training",),
   ("on_policy",),
   ("preflight", "report"),
-  ("evals", "efficiency", "pruning", "recipe", "retokenize"),
+  ("evals", "efficiency", "pruning", "recipe", "retokenize", "deployment"),
   ("commands",),
   ("flags",),
   ("cli",),

@@ -1,0 +1,69 @@
+"""The loss by rounding a run's student for a file.
+
+The student is loaded onto the mesh, in float32: 4 bytes for each parameter, over all devices. It is
+freed before the export begins. The keys of DeepSeek's latent attention, which stay float32 in a
+GGUF file with blocks, are rounded here with the values, whose matrix they share.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from jax.sharding import Mesh
+
+from distill_jax.config import Config
+from distill_jax.deployment import calibration, rounding
+from distill_jax.deployment.calibration import Calibration, Text
+from distill_jax.deployment.rounding import Width
+from distill_jax.models.runs import Run
+from distill_jax.nn import sharding
+from distill_jax.runtime import distributed
+from distill_jax.types import JsonObject, Model
+
+
+def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject:
+  """Measures the loss by rounding all linear weights of layers to one width, and prints it.
+
+  Args:
+    config: the config, with `data` and `export`.
+    run: the run whose student is rounded.
+    width: the width of the linear weights.
+    table: the width of the embedding table and the head.
+
+  Returns:
+    kl_to_float, loss_increase (nats per token) and calibration_tokens.
+
+  Raises:
+    InputError: the text cannot be read, or does not fit the student.
+  """
+  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+  text = calibration.read_text(config, run.student, mesh)
+  with jax.set_mesh(mesh):
+    model, calibrated = load(config, run, text, mesh)
+    model = rounding.round_model(model, dict.fromkeys(rounding.layer_tensors(model), width), table)
+    return report(calibrated, model, text, f"Rounding to {width.numbers}")
+
+
+def load(config: Config, run: Run, text: Text, mesh: Mesh) -> tuple[Model, Calibration]:
+  """Returns (the student in float32, its predictions of a text)."""
+  model = calibration.as_float32(run.load(mesh, run.student.compute))
+  chunk, compute = config.evaluate.chunk, run.student.compute
+  return model, Calibration(model, text.batches, compute, mesh, chunk, text.vocab_size)
+
+
+def report(calibrated: Calibration, rounded: Model, text: Text, what: str) -> JsonObject:
+  """Returns the loss of a model for the summary, and prints it."""
+  loss = calibrated.loss(rounded)
+  if distributed.is_process_0():
+    print(
+      f"{what} costs {loss.kl:.3g} nats per token of KL to the float student; the cross-entropy "
+      f"changes by {loss.increase:+.3g} (on {text.labels:,} tokens of data).",
+      file=sys.stderr,
+      flush=True,
+    )
+  return {
+    "kl_to_float": loss.kl,
+    "loss_increase": loss.increase,
+    "calibration_tokens": text.labels,
+  }
