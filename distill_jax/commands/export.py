@@ -1,18 +1,22 @@
-"""Exports a trained student as a Hugging Face folder that `transformers` loads.
+"""Exports a trained student: as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
 Reads: the run in the workdir: its config and its last checkpoint, that of export.step, or the best
 one (export.best). For a model card with results, also export.evaluation and export.deployment.
 
-Writes: export.dir, a new folder: config.json, safetensors weights, the tokenizer and README.md (the
-model card). A LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).
+Writes: export.dir, a new folder, with README.md (the model card) and either config.json,
+safetensors weights and the tokenizer, or a GGUF file, which contains all of these (export.format).
+The numbers of the weights are those of export.quant, or those chosen for export.target_bytes. A
+LoRA run is exported merged, as a PEFT adapter or as its base model (export.lora).
 
 A student that was trained whole is copied from its checkpoint, slice by slice: no accelerator is
 needed, and memory does not grow with it. Several processes write the weight files side by side. Run
 the same command again after an interruption; finished weight files are kept. Linear weights that
 were trained as integers (student.quantise) are rounded on the way. Students whose weights are
-computed (adapters, shared layers) are made in the memory of `mesh` first.
+computed (adapters, shared layers) are made in the memory of `mesh` first. If weights are rounded to
+numbers with which they were not trained, the loss by it is measured before, on text of `data`, and
+the student is in the memory of `mesh` for it (export.calibration_tokens=0: not measured).
 
-Config: mesh, export.
+Config: mesh, data, export.
 
 Example:
   distill-jax export --config=configs/demo.py:distilled --workdir=runs/demo/distilled
@@ -29,34 +33,44 @@ import jax
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import bad_value
+from distill_jax.hub import formats
 from distill_jax.hub.export import export_model
 from distill_jax.hub.export_folder import check_new
+from distill_jax.hub.formats import Format
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
 from distill_jax.models import FamilyConfig, loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
 from distill_jax.nn import params, sharding
+from distill_jax.nn.grids import PACKED
+from distill_jax.nn.quantise import UNROUNDED, QuantiseOptions
 from distill_jax.report import deployment, model_card
-from distill_jax.runtime import best_checkpoint, json_io, saved_arrays
-from distill_jax.types import JsonObject, Model
+from distill_jax.runtime import best_checkpoint, files, json_io, saved_arrays
+from distill_jax.types import JsonObject, Model, PyTree
 
+WEIGHTS = (".safetensors", ".gguf")
 LORA_FORMS = ("merged", "peft", "base")
 ONLY_OURS = (RUN, "package:")  # prefixes of sources that only this project can open
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
-  """Writes the run in `workdir` as a Hugging Face folder into export.dir.
+  """Writes the run in `workdir` into export.dir.
 
   Returns:
     export_dir, parameters and bytes, the size of the weight files; for shared layers also
-    shared_parameters, the number of distinct parameters.
+    shared_parameters, the number of distinct parameters; if weights are rounded to a grid on which
+    they were not trained, also the loss by it: see deployment/loss.py.
 
   Raises:
-    InputError: The run or its checkpoint does not exist, or the folder exists.
+    InputError: The run or its checkpoint does not exist, the folder exists, or the config cannot be
+      used.
   """
-  options, lora = config.export, config.student.lora
+  options = config.export
   _check(options, adapters=trainables.of_student(config.student).has_base)
+  form = formats.choose(options, config.student.quantise)
+  if form.name == "gguf":
+    raise bad_value("export.format", "gguf", "'hf'", "Change it")
   evaluation = None
   if options.evaluation:
     action = "run evaluate first, or set export.evaluation to an empty string"
@@ -64,53 +78,72 @@ def run(config: Config, workdir: Path) -> JsonObject:
   deployed = deployment.read(options.deployment) if options.deployment else None
   check_new(options.dir)
   step = options.step or best_checkpoint.step_to_open(workdir, options.best)
-  card = model_card.card(config, step, evaluation, deployed)
   trained = loading.open_run(workdir, step)
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)
   summary: JsonObject = {"export_dir": options.dir}
+  common: JsonObject = {
+    "target": options.dir,
+    "tokenizer": tokenizer,
+    "card": model_card.card(config, step, evaluation, deployed),
+  }
   if options.lora == "peft":
-    mesh = sharding.make_mesh(**vars(config.mesh))
-    trained.check_base()
-    with jax.set_mesh(mesh):
-      model = trained.restore(mesh)
-      base = _base(config.student)
-      export_adapters(
-        model, lora, options.dir, base=base, tokenizer=tokenizer, card=card, dtype=options.dtype
-      )
+    model = _export_adapters(trained, config, common)
   else:
-    write = functools.partial(
-      export_model,
-      target=options.dir,
-      tokenizer=tokenizer,
-      generation=student.generation,
-      card=card,
-      dtype=options.dtype,
-      shard_bytes=options.shard_bytes,
-      extra=_task_files(config, student.config),
-      quantise=trained.config.student.quantise,
-    )
-    model, summary["bytes"] = _export(trained, config, write)
+    common |= {"generation": student.generation, "extra": _task_files(config, student.config)}
+    write, cost = _writer(config, form, trained, workdir, common)
+    model = _export(trained, config, write)
+    summary |= cost
   summary["parameters"] = params.count(model)
+  weights = [i.size for n, i in files.listing(options.dir).items() if n.endswith(WEIGHTS)]
+  summary["bytes"] = sum(weights)
   if config.student.share.layers:  # the folder has a copy of a shared layer for each use
     summary["shared_parameters"] = params.count(student.abstract_trainable)
   return summary
 
 
-def _export(trained: Run, config: Config, write: Callable[..., int]) -> tuple[Model, int]:
-  """Writes a run, from its checkpoint where that has the model itself.
+def _writer(
+  config: Config, form: Format, trained: Run, workdir: Path, common: JsonObject
+) -> tuple[Callable[..., None], JsonObject]:
+  """Returns the function that writes the model, and the loss by rounding if that is measured.
 
-  Returns:
-    (the model or its shapes, the size of the weight files).
+  Args:
+    config: the config.
+    form: the format.
+    trained: the run.
+    workdir: its folder.
+    common: the arguments that the functions of all formats have.
   """
+  options = config.export
+  integers = QuantiseOptions(form.quant, form.group) if form.quant in PACKED else UNROUNDED
+  common |= {"dtype": options.dtype, "shard_bytes": options.shard_bytes}
+  quantise = config.student.quantise
+  return functools.partial(export_model, quantise=quantise, integers=integers, **common), {}
+
+
+def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
+  """Writes a run, from its checkpoint where that has the model itself; returns it or its shapes."""
   if trained.student.trainable.is_model:
     model = trained.student.abstract_trainable
     with saved_arrays.open_arrays(trained.folder, trained.step) as saved:
-      return model, write(model, saved=saved)
+      write(model, saved=saved)
+    return model
   mesh = sharding.make_mesh(**vars(config.mesh))
   with jax.set_mesh(mesh):
     model = _load(trained, config.export, mesh)
-    return model, write(model)
+    write(model)
+  return model
+
+
+def _export_adapters(trained: Run, config: Config, common: JsonObject) -> PyTree:
+  """Writes the adapters of a run for PEFT; returns them."""
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  trained.check_base()
+  with jax.set_mesh(mesh):
+    adapters = trained.restore(mesh)
+    base, dtype = _base(config.student), config.export.dtype
+    export_adapters(adapters, config.student.lora, base=base, dtype=dtype, **common)
+  return adapters
 
 
 def _check(options: ExportOptions, adapters: bool) -> None:

@@ -46,7 +46,7 @@ def export_model(
   saved: SavedArrays | None = None,
   quantise: QuantiseOptions = UNROUNDED,
   integers: QuantiseOptions = UNROUNDED,
-) -> int:
+) -> None:
   """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` can load.
 
   See export_folder.py for what an interruption leaves. With `saved`, each process reads the
@@ -65,9 +65,6 @@ def export_model(
     saved: the checkpoint that has the values of the parameters; None: `model` has them.
     quantise: the grid on which the linear weights of layers were trained, if any.
     integers: "int8" or "int4" to store these weights as integers, by compressed-tensors.
-
-  Returns:
-    The size of the weight files in bytes.
 
   Raises:
     InputError: The target exists, the grid does not fit the model, the disk is full, a value is
@@ -98,7 +95,6 @@ def export_model(
     texts[INDEX] = hf_json(index)
   texts["config.json"] = hf_json(hf)
   export_folder.write(target, content_of(model, shards, texts, saved))
-  return sum(shard.nbytes for shard in shards)
 
 
 def content_of(

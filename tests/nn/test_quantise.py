@@ -129,7 +129,7 @@ def run(tmp_path_factory):
   c.teacher.source = ""
   c.student.train, c.student.quantise = "quantised", {"grid": "int4", "group": 16}
   c.train.steps = c.train.checkpoint_every = 12
-  c.export.dir, c.export.dtype = str(path / "export"), "float32"
+  c.export.dir, c.export.dtype, c.export.quant = str(path / "export"), "float32", "float"
   resolved = config.resolve(c)
   record(resolved, path / "records")
   with Workdir(path / "run", resolved) as workdir:
@@ -160,6 +160,20 @@ def test_a_four_bit_student_is_trained_and_exported(run):
   assert len(np.unique(levels)) <= 15
   np.testing.assert_allclose(levels * np.abs(down).max(1, keepdims=True) / 7, down, atol=1e-6)
   assert made["bytes"] == (path / "export/model.safetensors").stat().st_size
+
+
+def test_the_integers_of_training_are_exported_by_default(run):
+  path, c, made = run
+  options = dataclasses.replace(c.export, dir=str(path / "int4"), quant="")
+  packed = export.run(dataclasses.replace(c, export=options), path / "run")
+  assert packed["bytes"] < 0.5 * made["bytes"]  # the embedding table is in float32
+  assert "kl_to_float" not in packed
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  of_run, of_folder = (
+    loading.open_source(config.StudentOptions(source=source)).load(mesh, jax.random.key(0)).model
+    for source in (f"run:{path / 'run'}", str(path / "int4"))
+  )
+  jax.tree.map(np.testing.assert_array_equal, of_run, of_folder)
 
 
 def test_adapters_and_integers_are_refused(run):
