@@ -1,24 +1,24 @@
 """Reads GGUF files, the format of llama.cpp: config and weights under Hugging Face names.
 
-The `gguf` package dequantises the blocks. The header is parsed here, because the reader of the
-package creates an object for every string (1.8 s for a vocabulary of 49,152) and does not check
-lengths. As in llama.cpp, tensors must be adjacent and in the listed order, so that a damaged offset
-cannot select the bytes of another tensor.
+The `gguf` package dequantises the blocks. Of other programs' files, those of the architecture
+"llama" can be read. A file that this project wrote has its config.json in the metadata, so that all
+architectures are read, with the config to the last field.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import mmap
 import pathlib
 import re
-import struct
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import Index, WeightFile
+from distill_jax.hub.gguf_architectures import Architecture, architecture
+from distill_jax.hub.gguf_header import Cursor, Stored
+from distill_jax.hub.weights import Index, WeightFile, parse_hf_json
 from distill_jax.runtime import extras, files
 from distill_jax.types import JsonObject
 
@@ -26,48 +26,45 @@ with extras.needed("gguf"):
   import gguf
   from gguf import quants
 
-# Struct codes of the value types in the metadata.
-SCALARS = {
-  0: "B",
-  1: "b",
-  2: "H",
-  3: "h",
-  4: "I",
-  5: "i",
-  6: "f",
-  7: "?",
-  10: "Q",
-  11: "q",
-  12: "d",
-}
-STRING, ARRAY = 8, 9
-NAMES = {
-  "token_embd": "model.embed_tokens",
-  "output_norm": "model.norm",
-  "output": "lm_head",
-}
-IN_LAYER = {
-  "attn_norm": "input_layernorm",
-  "attn_q": "self_attn.q_proj",
-  "attn_k": "self_attn.k_proj",
-  "attn_v": "self_attn.v_proj",
-  "attn_output": "self_attn.o_proj",
-  "ffn_norm": "post_attention_layernorm",
-  "ffn_gate": "mlp.gate_proj",
-  "ffn_up": "mlp.up_proj",
-  "ffn_down": "mlp.down_proj",
-}
+CONFIG = "distill_jax.config"  # key of config.json in the metadata
+# The tensors of all families, without "model.layers.N.", as a checkpoint has them.
+IN_LAYER = (
+  "input_layernorm.weight",
+  "post_attention_layernorm.weight",
+  "pre_feedforward_layernorm.weight",
+  "post_feedforward_layernorm.weight",
+  *(f"self_attn.{x}_proj.weight" for x in ("q", "k", "v", "o", "q_a", "q_b", "k_b", "v_b")),
+  *(f"self_attn.{x}_proj.bias" for x in "qkv"),
+  *(f"self_attn.{x}norm.weight" for x in ("q_", "k_", "q_a_layer", "kv_a_layer")),
+  "self_attn.kv_a_proj_with_mqa.weight",
+  *(f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
+  *(f"mlp.experts.{x}_proj.weight" for x in ("gate", "up", "down")),
+  *(f"mlp.shared_experts.{x}_proj.weight" for x in ("gate", "up", "down")),
+  "mlp.gate.weight",
+  "mlp.gate.e_score_correction.bias",
+)
+OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 ROWS = 64  # rows dequantised at a time, so that temporary arrays fit the cache
 
 
-class GGUFTensor(NamedTuple):
-  """The type, shape and position of a tensor in the file."""
+class Source(NamedTuple):
+  """What a tensor of the checkpoint is computed from.
 
-  kind: gguf.GGMLQuantizationType
-  shape: tuple[int, ...]  # in numpy's order, slowest axis first
-  begin: int
-  end: int
-  heads: int  # heads of a matrix whose rows llama.cpp has permuted; 0: not permuted
+  Attributes:
+    stored: the tensor of the file.
+    shape: its shape in the checkpoint.
+    heads: the number of heads whose rows llama.cpp has permuted; 0: not permuted.
+    factor: the number by which the scale of a norm is divided.
+    offset: the number that is subtracted from it afterwards.
+    values: the tensor of the values of latent heads, if `stored` has their keys.
+  """
+
+  stored: Stored
+  shape: tuple[int, ...]
+  heads: int = 0
+  factor: float = 1.0
+  offset: float = 0.0
+  values: Stored | None = None
 
 
 class GGUFFile:
@@ -84,85 +81,156 @@ class GGUFFile:
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    cursor = _Cursor(path)
+    cursor = Cursor(path)
     count, keys = cursor.start()
     self.meta = cursor.metadata(keys)
-    if (arch := self.meta.get("general.architecture")) != "llama":
+    if self.meta.get("split.count", 1) != 1:
       raise InputError(
-        f"{path} has architecture {arch!r}, but only GGUF files with architecture 'llama' can be "
-        "read. Use the safetensors folder of this model."
+        f"{path} is one of several files of a model, which cannot be read. Use its safetensors "
+        "folder."
       )
-    self._entries = self._named(cursor.tensors(count, self.meta.get("general.alignment", 32)))
+    self._architecture = self._known()
+    entries = cursor.tensors(count, self.meta.get("general.alignment", 32))
     self._map = np.frombuffer(cursor.data, np.uint8)
+    self._sources = self._named(entries)
     info = files.FileInfo(cursor.size, str(path.stat().st_mtime_ns))
     self.files: tuple[WeightFile, ...] = (WeightFile(str(path), info, ""),)
 
+  def _known(self) -> Architecture:
+    """Returns the architecture; raises InputError if such files cannot be read."""
+    name = self.meta.get("general.architecture")
+    if (own := self._own_config()) is not None:
+      try:
+        found = architecture(own)
+      except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise self._damaged(f"{CONFIG} in its metadata cannot be used: {e!r:.200}") from e
+      if found.name != name:
+        raise self._damaged(f"{CONFIG} in its metadata is that of another architecture")
+      return found
+    if name != "llama":
+      raise InputError(
+        f"{self.path} has architecture {name!r}, but of other programs' GGUF files only those with "
+        "architecture 'llama' can be read. Use the safetensors folder of this model."
+      )
+    return Architecture("llama", {}, interleaved=True)
+
+  def _damaged(self, fault: str) -> InputError:
+    return InputError(f"{self.path} is damaged: {fault}. Export or download it again.")
+
+  def _own_config(self) -> JsonObject | None:
+    """Returns the config.json in a file that this project wrote."""
+    text = self.meta.get(CONFIG)
+    return parse_hf_json(text, f"{self.path}: {CONFIG}") if isinstance(text, str) else None
+
   def number(self, key: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
-    """Returns the number `llama.{key}` of the metadata.
+    """Returns the number `llama.{key}` of the metadata, or that of another architecture.
 
     Raises:
       InputError: It is missing or is not a positive number of this type.
     """
-    value: Any = self.meta.get(f"llama.{key}", default)
+    key = f"{self._architecture.name}.{key}"
+    value: Any = self.meta.get(key, default)
     if type(value) is not kind or not 0 < value < 2**40:
       raise InputError(
-        f"{self.path}: llama.{key} is {value!r:.60}; expected a positive {kind.__name__}. Download "
+        f"{self.path}: {key} is {value!r:.60}; expected a positive {kind.__name__}. Download "
         "the file again, or use the safetensors folder."
       )
     return value
 
-  def _named(self, entries: dict[str, GGUFTensor]) -> dict[str, GGUFTensor]:
+  def _named(self, entries: dict[str, Stored]) -> dict[str, Source]:
     """Returns the tensors under Hugging Face names.
 
     A tensor that has none keeps its name, for which load_model then raises an error.
     """
-    heads = self.number("attention.head_count")
-    permuted = {"attn_q": heads, "attn_k": self.number("attention.head_count_kv", heads)}
+    templates = _templates(self._architecture.name)
     named = {}
     for name, e in entries.items():
-      if m := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        hf = f"model.layers.{m[1]}.{IN_LAYER[m[2]]}.weight" if m[2] in IN_LAYER else name
-        e = e._replace(heads=permuted.get(m[2], 0))
-        if e.heads and e.shape[0] % (2 * e.heads):
-          raise InputError(
-            f"{self.path}: {name} has {e.shape[0]} rows; expected an even number for each of "
-            f"{e.heads} heads. Download the file again."
-          )
-      else:
-        base, _, end = name.rpartition(".")
-        hf = f"{NAMES[base]}.{end}" if base in NAMES else name
-      named[hf] = e
+      layer, inner = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+      known = templates.get((layer is not None, inner))
+      if name == "rope_freqs.weight" and self._own_config() is not None:
+        continue  # computed from the config
+      if known is None:
+        named[name] = Source(e, e.shape)
+      elif layer is None:
+        named[known] = self._source(name, inner, e)
+      elif "mlp.experts." in known:
+        if len(e.shape) != 3 or 0 in e.shape:
+          raise self._damaged(f"{name} has the shape {e.shape}")
+        named |= _experts(f"model.layers.{layer}.{known}", e)
+      elif "self_attn.k_b_proj" in known:
+        named |= self._latent_heads(layer, e, entries)
+      elif "self_attn.v_b_proj" not in known:
+        hf = known.replace("e_score_correction.bias", "e_score_correction_bias")
+        named[f"model.layers.{layer}.{hf}"] = self._source(name, inner, e)
     return named
 
+  def _source(self, name: str, inner: str, e: Stored) -> Source:
+    offset = self._architecture.norm_offset if inner.endswith("norm.weight") else 0.0
+    factor = self._architecture.query_factor if inner == "attn_q_norm.weight" else 1.0
+    heads = 0
+    if self._architecture.interleaved and inner in ("attn_q.weight", "attn_k.weight"):
+      heads = self.number("attention.head_count")
+      if inner == "attn_k.weight":
+        heads = self.number("attention.head_count_kv", heads)
+      if e.shape[0] % (2 * heads):
+        raise InputError(
+          f"{self.path}: {name} has {e.shape[0]} rows; expected an even number for each of "
+          f"{heads} heads. Download the file again."
+        )
+    return Source(e, e.shape, heads, factor, offset)
+
+  def _latent_heads(self, layer: str, keys: Stored, entries: dict[str, Stored]) -> dict:
+    """Returns the matrix that expands latents, of which the file has two halves."""
+    values = entries.get(f"blk.{layer}.attn_v_b.weight")
+    if values is None or len(keys.shape) != 3 or values.shape[::2] != keys.shape[:2]:
+      raise self._damaged(f"attn_k_b and attn_v_b of layer {layer} do not fit")
+    heads, rank, u = keys.shape
+    shape = (heads * (u + values.shape[1]), rank)
+    return {f"model.layers.{layer}.self_attn.kv_b_proj.weight": Source(keys, shape, values=values)}
+
   def names(self) -> set[str]:
-    return set(self._entries)
+    return set(self._sources)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return self._entries[name].shape
+    return self._sources[name].shape
 
   def dtype(self, name: str) -> np.dtype:
     return np.dtype(np.float32)
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
     """Returns the tensor, or the slice at `index`, in float32; only its rows are dequantised."""
-    e = self._entries[name]
-    index = index or (slice(None),) * len(e.shape)
+    source = self._sources[name]
+    e = source.stored
+    index = index or (slice(None),) * len(source.shape)
+    if source.values is not None:
+      return self._expanding(e, source.values).reshape(source.shape)[index]
     raw = self._map[e.begin : e.end]
     if len(e.shape) == 1:
-      return _dequantise(raw[None], e.kind)[0][index]
+      x = _dequantise(raw[None], e.kind)[0][index]
+      return x / np.float32(source.factor) - np.float32(source.offset)
     raw = raw.reshape(math.prod(e.shape[:-1]), -1)
     if len(e.shape) > 2:
       return _dequantise(raw, e.kind).reshape(e.shape)[index]
-    if e.heads:
+    if source.heads:
       # llama.cpp interleaves rows i and i + h/2 of each head; restore the order of Hugging Face.
-      rows = np.arange(e.shape[0]).reshape(e.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+      rows = np.arange(e.shape[0]).reshape(source.heads, -1, 2).swapaxes(1, 2).reshape(-1)
       raw = raw[rows[index[0]]]
     else:
       raw = raw[index[0]]
     return _dequantise(raw, e.kind)[:, index[1]]
 
+  def _expanding(self, keys: Stored, values: Stored) -> np.ndarray:
+    """Returns the rows that expand latents to keys and values of heads, [heads, rows, rank]."""
+    k, v = (
+      _dequantise(self._map[e.begin : e.end].reshape(math.prod(e.shape[:-1]), -1), e.kind)
+      for e in (keys, values)
+    )
+    return np.concatenate([k.reshape(keys.shape).swapaxes(1, 2), v.reshape(values.shape)], 1)
+
   def config(self) -> JsonObject:
     """Returns the content of the Hugging Face config.json for this model."""
+    if (own := self._own_config()) is not None:
+      return own
     get = self.number
     for key in ("rope.scaling.type", "expert_count"):
       if self.meta.get(f"llama.{key}", 0) not in (0, "none"):
@@ -170,7 +238,7 @@ class GGUFFile:
           f"{self.path} has llama.{key}, which is not supported for GGUF files. Use the "
           "safetensors folder of this model."
         )
-    if "rope_freqs.weight" in self._entries:
+    if "rope_freqs.weight" in self._sources:
       raise InputError(
         f"{self.path} has a table rope_freqs.weight (the rope scaling of Llama 3.1), which is not "
         "supported for GGUF files. Use the safetensors folder of this model."
@@ -183,7 +251,7 @@ class GGUFFile:
           f"{self.path}: llama.{key} is {get(key)}; expected {head_dim}, the width of a head. Use "
           "the safetensors folder of this model."
         )
-    embed = self._entries.get("model.embed_tokens.weight")
+    embed = self._sources.get("model.embed_tokens.weight")
     if embed is None:
       raise InputError(
         f"{self.path} has no token_embd.weight, so it is not a language model. Choose another file."
@@ -207,9 +275,35 @@ class GGUFFile:
       "rms_norm_eps": _shortest_decimal(get("attention.layer_norm_rms_epsilon", kind=float)),
       "rope_theta": _shortest_decimal(get("rope.freq_base", 10_000.0, float)),
       # llama.cpp writes the output projection only if it differs from the embedding table.
-      "tie_word_embeddings": "lm_head.weight" not in self._entries,
+      "tie_word_embeddings": "lm_head.weight" not in self._sources,
       **{k: v for k, v in ids.items() if v is not None},
     }
+
+
+@functools.cache
+def _templates(arch: str) -> dict[tuple[bool, str], str]:
+  """Returns Hugging Face's names by (whether in a layer, llama.cpp's name without the layer)."""
+  number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == arch)
+  names = gguf.get_tensor_name_map(number, 1)
+  found = {}
+  for hf in OUTSIDE:
+    if name := names.get_name(hf, (".weight",)):
+      found[False, name] = hf
+  for hf in IN_LAYER:
+    if name := names.get_name(f"model.layers.0.{hf}", (".weight", ".bias")):
+      found[True, name.removeprefix("blk.0.")] = hf
+  return found
+
+
+def _experts(hf: str, e: Stored) -> dict[str, Source]:
+  """Returns the experts of a layer, which the file has as one tensor."""
+  size = (e.end - e.begin) // e.shape[0]
+  return {
+    hf.replace(".experts.", f".experts.{i}."): Source(
+      Stored(e.kind, e.shape[1:], e.begin + i * size, e.begin + (i + 1) * size), e.shape[1:]
+    )
+    for i in range(e.shape[0])
+  }
 
 
 def _dequantise(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -227,114 +321,6 @@ def _dequantise(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     for i in range(0, len(raw), ROWS):
       out[i : i + ROWS] = format_.dequantize_rows(raw[i : i + ROWS])
   return out
-
-
-class _Cursor:
-  """A parser of the header, which checks every read against the size of the file."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path, self.at = path, 0
-    with path.open("rb") as f:
-      self.size = path.stat().st_size
-      if self.size < 24:
-        raise InputError(
-          f"{path} has {self.size} bytes, too few for a GGUF file. Download it again."
-        )
-      self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-
-  def damaged(self, fault: str) -> InputError:
-    return InputError(f"{self.path} is truncated or damaged: {fault}. Download the file again.")
-
-  def take(self, n: int) -> bytes:
-    if n > self.size - self.at:
-      raise self.damaged(f"{n} bytes were expected at byte {self.at} of {self.size}")
-    self.at += n
-    return self.data[self.at - n : self.at]
-
-  def scalar(self, code: str) -> Any:
-    return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
-
-  def string(self) -> str:
-    at = self.at
-    try:
-      return self.take(self.scalar("Q")).decode()
-    except UnicodeDecodeError:
-      raise self.damaged(f"the string at byte {at} is not UTF-8") from None
-
-  def value(self, kind: int) -> Any:
-    if kind in SCALARS:
-      return self.scalar(SCALARS[kind])
-    if kind == STRING:
-      return self.string()
-    if kind != ARRAY:
-      raise self.damaged(f"the value at byte {self.at} has the unknown type {kind}")
-    inner, n = self.scalar("I"), self.scalar("Q")
-    if inner in SCALARS:
-      return np.frombuffer(self.take(n * struct.calcsize(SCALARS[inner])), SCALARS[inner]).tolist()
-    if inner != STRING or n > (self.size - self.at) // 8:
-      raise self.damaged(f"the array at byte {self.at} has {n} values of type {inner}")
-    return [self.string() for _ in range(n)]
-
-  def start(self) -> tuple[int, int]:
-    """Returns (number of tensors, number of metadata keys)."""
-    magic, version = self.take(4), self.scalar("I")
-    if magic != b"GGUF" or version not in (2, 3):
-      raise InputError(
-        f"{self.path} starts with {magic!r}, version {version}; expected b'GGUF', version 2 or 3. "
-        "Choose another file."
-      )
-    return self.scalar("Q"), self.scalar("Q")
-
-  def metadata(self, n: int) -> JsonObject:
-    meta: JsonObject = {}
-    for _ in range(n):
-      key = self.string()
-      if key in meta:
-        raise self.damaged(f"it has the key {key!r} twice")
-      meta[key] = self.value(self.scalar("I"))
-    return meta
-
-  def tensors(self, n: int, align: object) -> dict[str, GGUFTensor]:
-    """Parses the table of tensors and checks that they fill the rest of the file."""
-    if type(align) is not int or not 0 < align <= 2**16 or align & (align - 1):
-      raise self.damaged(f"its alignment is {align!r:.60}, which is not a power of two")
-    table = []
-    for _ in range(n):
-      name, dims = self.string(), self.scalar("I")
-      if dims > 4:
-        raise self.damaged(f"{name} has {dims} axes")
-      shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]
-      table.append((name, shape, self.scalar("I"), self.scalar("Q")))
-    start = at = -(-self.at // align) * align
-    entries: dict[str, GGUFTensor] = {}
-    for name, shape, kind, offset in table:
-      if name in entries:
-        raise self.damaged(f"it has the tensor {name} twice")
-      type_ = self._kind(name, kind)
-      block, size = gguf.GGML_QUANT_SIZES[type_]
-      if not shape or shape[-1] % block:
-        raise self.damaged(f"{name} has shape {shape}, which blocks of {block} do not divide")
-      end = at + math.prod(shape) // block * size
-      if start + offset != at or end > self.size:
-        raise self.damaged(
-          f"{name} with shape {shape} starts at byte {start + offset} instead of {at}, or ends at "
-          f"{end} of {self.size}"
-        )
-      entries[name] = GGUFTensor(type_, shape, at, end, 0)
-      at = -(-end // align) * align
-    if self.size > at:
-      raise self.damaged(f"its tensors end at byte {at} of {self.size}")
-    return entries
-
-  def _kind(self, name: str, kind: int) -> gguf.GGMLQuantizationType:
-    known = {int(k): k for k in gguf.GGMLQuantizationType}
-    plain = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
-    if kind not in known or not (plain or hasattr(quants, known[kind].name)):
-      raise InputError(
-        f"{self.path}: {name} has type {kind}, which the gguf package cannot read. Use a file with "
-        "another quantisation."
-      )
-    return known[kind]
 
 
 def _shortest_decimal(x: float) -> float:

@@ -1,0 +1,184 @@
+"""Writes a model as a GGUF file, the format of llama.cpp.
+
+The header (the numbers of the architecture, the vocabulary, the table of tensors) is written by the
+`gguf` package, the tensors by export_folder.py: part by part, from memory or from a checkpoint.
+Files of more than SPLIT_BYTES are split, as llama.cpp reads them, so that several processes write
+a large model and a store accepts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill_jax.errors import InputError, check_choice
+from distill_jax.hub import export_folder
+from distill_jax.hub.export_folder import Content
+from distill_jax.hub.gguf_architectures import Architecture, architecture
+from distill_jax.hub.gguf_file import CONFIG
+from distill_jax.hub.gguf_tensors import ALIGNMENT, QUANTS, GGUFTensor, Numbers, gguf_tensors
+from distill_jax.hub.gguf_vocabulary import vocabulary
+from distill_jax.hub.tensors import InCheckpoint, InMemory, Shard, tensors_of
+from distill_jax.hub.tokenizer import TokenizerFiles
+from distill_jax.hub.weights import hf_json
+from distill_jax.nn import params
+from distill_jax.runtime import extras
+from distill_jax.runtime.saved_arrays import SavedArrays
+from distill_jax.types import JsonObject, Model
+
+with extras.needed("gguf"):
+  import gguf
+
+SPLIT_BYTES = 48 * 10**9  # Hugging Face's hub refuses files of more than 50 GB
+Entry = tuple[str, Any]  # key and value of the metadata
+Kind = gguf.GGUFValueType
+TYPES = {
+  bool: Kind.BOOL,
+  int: Kind.UINT32,
+  float: Kind.FLOAT32,
+  str: Kind.STRING,
+  list: Kind.ARRAY,
+}
+KEYS = {  # keys with other types of integers
+  "split.no": Kind.UINT16,
+  "split.count": Kind.UINT16,
+  "split.tensors.count": Kind.INT32,
+}
+
+
+def export_gguf(
+  model: Model,
+  target: str | os.PathLike[str],
+  *,
+  tokenizer: TokenizerFiles | None,
+  generation: JsonObject,
+  card: str,
+  numbers: Numbers,
+  extra: Mapping[str, JsonObject] | None = None,
+  saved: SavedArrays | None = None,
+  split_bytes: int = SPLIT_BYTES,
+) -> None:
+  """Writes a folder with a GGUF file that llama.cpp can load, and a model card.
+
+  See export_folder.py for what an interruption leaves. With `saved`, each part of 64 MB is read
+  from the checkpoint, encoded and written; no model is in memory.
+
+  Args:
+    model: a family's Model, or its shapes with `saved`.
+    target: the folder or URL to write; it must not exist.
+    tokenizer: the files of the tokenizer, which become the vocabulary of the file.
+    generation: the content of generation_config.json, which has the tokens that end a text.
+    card: the model card in Markdown, for README.md.
+    numbers: the types of the tensors.
+    extra: additional JSON files by name.
+    saved: the checkpoint that has the values of the parameters; None: `model` has them.
+    split_bytes: the maximum size of a file, unless a single tensor is larger.
+
+  Raises:
+    InputError: llama.cpp lacks the family or a part of it, blocks do not divide the width of a
+      tensor, a value is too large for its type, there is no tokenizer, or export_folder.write
+      raises it.
+    Unavailable: The store does not answer.
+  """
+  if tokenizer is None:
+    raise InputError(
+      "A GGUF file contains the tokenizer, but this student has none. Set data.tokenizer, or set "
+      "export.format to 'hf'."
+    )
+  hf = model.config.to_hf()
+  arch, tensors = plan(model, numbers)
+  ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
+  metadata = _metadata(arch, numbers.quant) + vocabulary(tokenizer, hf, generation)
+  metadata.append((CONFIG, json.dumps({**hf, **ids})))  # for the reader of this project
+  shards = _shards(tensors, arch.name, metadata, numbers.quant, split_bytes)
+  texts = {name: hf_json(value) for name, value in (extra or {}).items()}
+  texts["README.md"] = card.encode()
+  if saved is None:
+    content = Content(shards, InMemory(), texts)
+  else:
+    saved.check_same_model(dict(params.named_params(model)))
+    content = Content(shards, InCheckpoint(saved), texts, saved.digest, saved.check)
+  export_folder.write(target, content)
+
+
+def plan(model: Model, numbers: Numbers) -> tuple[Architecture, list[GGUFTensor]]:
+  """Returns the architecture and the tensors of a model's GGUF file.
+
+  The size of the file is the sum of their `nbytes` and that of the vocabulary.
+
+  Args:
+    model: a family's Model, or its shapes.
+    numbers: the types of the tensors.
+
+  Raises:
+    InputError: llama.cpp lacks the family or a part of it, or blocks do not divide the width of a
+      tensor.
+  """
+  check_choice("export.quant", numbers.quant, QUANTS, "Choose one of them")
+  check_choice("export.embedding", numbers.embedding, QUANTS, "Choose one of them")
+  arch = architecture(model.config.to_hf())
+  return arch, gguf_tensors(tensors_of(model, np.dtype(np.float32)), arch, numbers)
+
+
+def default_embedding(quant: str) -> str:
+  """Returns the type of the embedding table and the head for that of the linear weights."""
+  return "Q8_0" if quant in ("Q8_0", "Q4_0") else quant
+
+
+def _shards(
+  tensors: Sequence[GGUFTensor], arch: str, metadata: Sequence[Entry], quant: str, limit: int
+) -> list[Shard]:
+  """Returns the files; the first has the metadata."""
+  groups: list[list[GGUFTensor]] = [[]]
+  size = 0
+  for t in tensors:
+    if groups[-1] and size + t.nbytes > limit:
+      groups.append([])
+      size = 0
+    groups[-1].append(t)
+    size += t.nbytes
+  if len(groups) == 1:
+    return [Shard(f"model-{quant}.gguf", tuple(tensors), _header(arch, metadata, tensors))]
+  shards = []
+  for i, group in enumerate(groups):
+    split = [("split.no", i), ("split.count", len(groups)), ("split.tensors.count", len(tensors))]
+    header = _header(arch, [*split, *([] if i else metadata)], group)
+    name = f"model-{quant}-{i + 1:05d}-of-{len(groups):05d}.gguf"
+    shards.append(Shard(name, tuple(group), header))
+  return shards
+
+
+def _metadata(arch: Architecture, quant: str) -> list[Entry]:
+  kind = "ALL_F32" if quant == "F32" else f"MOSTLY_{quant}"
+  return [
+    ("general.type", "model"),
+    ("general.file_type", int(gguf.LlamaFileType[kind])),
+    ("general.quantization_version", gguf.GGML_QUANT_VERSION),
+    *((f"{arch.name}.{key}", value) for key, value in arch.metadata.items()),
+  ]
+
+
+def _header(arch: str, entries: Sequence[Entry], tensors: Sequence[GGUFTensor]) -> bytes:
+  """Returns the bytes before the first tensor, which the gguf package writes into a file."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder, "header")
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in entries:
+      if value == []:  # the package does not write empty arrays
+        continue
+      writer.add_key_value(key, value, KEYS.get(key, TYPES[type(value)]))
+    for t in tensors:
+      kind = gguf.GGMLQuantizationType[t.quant]
+      writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.values_nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = path.read_bytes()
+  return header + bytes(-len(header) % ALIGNMENT)
