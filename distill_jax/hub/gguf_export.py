@@ -86,17 +86,7 @@ def export_gguf(
       raises it.
     Unavailable: The store does not answer.
   """
-  if tokenizer is None:
-    raise InputError(
-      "A GGUF file contains the tokenizer, but this student has none. Set data.tokenizer, or set "
-      "export.format to 'hf'."
-    )
-  hf = model.config.to_hf()
-  arch, tensors = plan(model, numbers)
-  ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
-  metadata = _metadata(arch, numbers.quant) + vocabulary(tokenizer, hf, generation)
-  metadata.append((CONFIG, json.dumps({**hf, **ids})))  # for the reader of this project
-  shards = _shards(tensors, arch.name, metadata, numbers.quant, split_bytes)
+  shards = gguf_files(model, tokenizer, generation, numbers, split_bytes)
   texts = {name: hf_json(value) for name, value in (extra or {}).items()}
   texts["README.md"] = card.encode()
   if saved is None:
@@ -107,10 +97,31 @@ def export_gguf(
   export_folder.write(target, content)
 
 
+def gguf_files(
+  model: Model,
+  tokenizer: TokenizerFiles | None,
+  generation: JsonObject,
+  numbers: Numbers,
+  split_bytes: int = SPLIT_BYTES,
+) -> list[Shard]:
+  """Returns the files of a model, with their headers; see export_gguf."""
+  if tokenizer is None:
+    raise InputError(
+      "A GGUF file contains the tokenizer, but this student has none. Set data.tokenizer, or set "
+      "export.format to 'hf'."
+    )
+  arch, tensors = plan(model, numbers)
+  hf = model.config.to_hf()
+  ids = {k: v for k, v in generation.items() if k.endswith("_token_id")}
+  metadata = _metadata(arch, numbers.quant) + vocabulary(tokenizer, hf, generation)
+  metadata.append((CONFIG, json.dumps({**hf, **ids})))  # for the reader of this project
+  return _shards(tensors, arch.name, metadata, numbers.quant, split_bytes)
+
+
 def plan(model: Model, numbers: Numbers) -> tuple[Architecture, list[GGUFTensor]]:
   """Returns the architecture and the tensors of a model's GGUF file.
 
-  The size of the file is the sum of their `nbytes` and that of the vocabulary.
+  The size of the file is the sum of their `nbytes` and that of the header; see gguf_files.
 
   Args:
     model: a family's Model, or its shapes.
@@ -122,8 +133,15 @@ def plan(model: Model, numbers: Numbers) -> tuple[Architecture, list[GGUFTensor]
   """
   check_choice("export.quant", numbers.quant, QUANTS, "Choose one of them")
   check_choice("export.embedding", numbers.embedding, QUANTS, "Choose one of them")
+  for name, quant in numbers.widths.items():
+    check_choice(f"The type of {name}", quant, QUANTS, "Choose one of them")
   arch = architecture(model.config.to_hf())
-  return arch, gguf_tensors(tensors_of(model, np.dtype(np.float32)), arch, numbers)
+  tensors = gguf_tensors(tensors_of(model, np.dtype(np.float32)), arch, numbers)
+  if unknown := numbers.widths.keys() - {t.name for t in tensors if t.role == "linear"}:
+    raise InputError(
+      f"The model has no linear weight {min(unknown)}. Choose the types of its tensors again."
+    )
+  return arch, tensors
 
 
 def default_embedding(quant: str) -> str:

