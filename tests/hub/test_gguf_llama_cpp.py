@@ -19,9 +19,9 @@ pytestmark = [
   pytest.mark.skipif(bool(llama_cpp.missing()), reason=llama_cpp.missing()),
 ]
 TOKENS = np.random.default_rng(1).integers(2, 256, 48)
-# The largest difference of a log-probability. In float32, 4e-6 was seen, mostly because the
-# probabilities are normalised again. For Gemma, 4e-4: ggml reads the GELU from a table of float16.
-TOLERANCE, GELU = 1.3e-5, 1.2e-3
+# The largest difference of a log-probability, three times what was seen in float32, of which
+# normalising the probabilities again is a part. ggml reads Gemma's GELU from a table of float16.
+TOLERANCE, GELU = 4e-5, 1.4e-3
 
 
 @jax.jit
