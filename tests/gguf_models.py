@@ -36,7 +36,7 @@ EXPERTS = {
 DEEPSEEK = {
   "num_key_value_heads": 4,
   "head_dim": 48,
-  "q_lora_rank": 32,
+  "q_lora_rank": 64,  # with one block of 32 inputs, llama.cpp 0.4.0 rounds more on CPUs with AMX
   "kv_lora_rank": 64,
   "qk_nope_head_dim": 32,
   "qk_rope_head_dim": 16,

