@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_on_policy
+from scoring_server import Server
 
+from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.runtime import checkpoint
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import CLOCK
@@ -34,8 +36,8 @@ def folder(tmp_path_factory):
   return folder
 
 
-def line(folder, workdir, start=ALONE):
-  return [*start, f"--config={folder / 'config.py'}", f"--workdir={folder / workdir}"]
+def line(folder, workdir, start=ALONE, file="config.py"):
+  return [*start, f"--config={folder / file}", f"--workdir={folder / workdir}"]
 
 
 def finish(folder, workdir, start=ALONE, devices=4):
@@ -122,3 +124,22 @@ def test_two_processes_continue_the_run_of_one(whole, folder):
   kill_when(folder, "two", "checkpoints/3")
   finish(folder, "two", TOGETHER)
   same_up_to_rounding(whole, folder / "two")
+
+
+def test_two_processes_save_their_state_if_the_server_is_gone(folder):
+  with Server(encode=load_tokenizer(folder / "tokenizer.json").encode) as server:
+    urls = f"c.generate.server.urls, c.generate.server.retries = ({server.url!r},), 0"
+    changes = (*STORED, urls, "c.train.checkpoint_every = 0")
+    tiny_on_policy.write_config(folder / "served.py", folder, *changes)
+    command = line(folder, "served", TOGETHER, "served.py")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+      deadline = time.monotonic() + 400
+      while not list((folder / "served").glob("rounds/00001/teacher/rollouts")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+      server.shutdown()
+      server.server_close()
+      output, _ = running.communicate(timeout=300)
+  assert running.returncode == os.EX_TEMPFAIL, output
+  assert output.count("run the same command again") == 2
+  assert [p.name for p in (folder / "served/checkpoints").glob("[0-9]*")] == ["2"]

@@ -14,6 +14,7 @@ import mesh_worker
 import numpy as np
 import pytest
 import tiny
+from local_stores import free_port
 from safetensors.numpy import load_file
 
 from distill_jax import config
@@ -197,6 +198,33 @@ def test_a_disk_of_one_process_that_is_full_stops_all_processes(folder):
   output = run(launch(folder, "record", "full"), code=2)
   for i in range(2):
     assert re.search(rf"\[{i}\] error: .*records-0000\d.array_record cannot be written", output)
+
+
+ARRIVING = """
+import sys
+from distill_jax.runtime import distributed
+distributed.initialize(sys.argv[1])
+print(distributed.all_arrive("both"))
+if distributed.is_process_0():
+  print(distributed.all_arrive("one", 1.0))
+distributed.run_on_all_processes("end", lambda: None)
+"""
+
+
+@pytest.mark.slow
+def test_all_arrive_only_if_every_process_does():
+  port = free_port()
+  workers = [
+    subprocess.Popen(
+      [sys.executable, "-c", ARRIVING, f"localhost:{port},2,{i}"],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+    )
+    for i in range(2)
+  ]
+  printed = [worker.communicate(timeout=200)[0].split() for worker in workers]
+  assert printed == [["True", "False"], ["True"]]
 
 
 def test_dry_run_prints_what_would_run():
