@@ -32,6 +32,7 @@ import jax
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
+from distill_jax.deployment import draft
 from distill_jax.errors import bad_value
 from distill_jax.hub import formats
 from distill_jax.hub.export import export_model
@@ -82,6 +83,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)
   summary: JsonObject = {"export_dir": options.dir}
+  rows = draft.rows(config, student, tokenizer) if options.draft else None
   common: JsonObject = {
     "target": options.dir,
     "tokenizer": tokenizer,
@@ -92,6 +94,8 @@ def run(config: Config, workdir: Path) -> JsonObject:
   else:
     common |= {"generation": student.generation, "extra": _task_files(config, student.config)}
     write, cost = _writer(config, form, trained, workdir, common)
+    if rows is not None:
+      write = draft.with_rows_of(rows, write)
     model = _export(trained, config, write)
     summary |= cost
   summary["parameters"] = params.count(model)

@@ -1,1 +1,1 @@
-"""The loss that rounding a student costs, and the width of each tensor of its file."""
+"""The loss that rounding a student costs, the width of each tensor of a file, and drafts."""

@@ -23,12 +23,13 @@ import numpy as np
 from flax import nnx
 
 from distill_jax.errors import InputError
-from distill_jax.hub import declared
+from distill_jax.hub import declared, table_rows
 from distill_jax.nn import params
 from distill_jax.runtime import distributed, saved_arrays
 from distill_jax.runtime.saved_arrays import SavedArrays, Sums, add
 from distill_jax.types import PyTree
 
+VOCABULARY = "vocab"  # the axis of tokens
 PART_BYTES = 64 * 2**20
 AHEAD = 3  # parts that are being read while one is written
 Finish = Callable[[], np.ndarray]
@@ -67,6 +68,7 @@ class Tensor:
     loop_index: the index along the loop axes of the parameter.
     layout: the layouts of the parameter and of the tensor.
     dtype: its dtype in the checkpoint.
+    rows: its number of rows in the checkpoint if the parameter has another; see table_rows.py.
   """
 
   name: str
@@ -75,18 +77,23 @@ class Tensor:
   loop_index: tuple[int, ...]
   layout: declared.Layout
   dtype: np.dtype
+  rows: int | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     """The shape in the checkpoint."""
-    return self.layout.shape
+    shape = self.layout.shape
+    return shape if self.rows is None else (self.rows, *shape[1:])
 
   @property
   def nbytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def reads(self, source: Source, sums: Sums) -> Iterator[Callable[[], Finish]]:
-    return source.reads(self, sums)
+    starts = source.reads(self, sums)
+    if self.rows is None:
+      return starts
+    return table_rows.resized(starts, self.layout.shape[0], self.rows)
 
   def to_stored(self, ours: np.ndarray) -> np.ndarray:
     """Returns a part in the layout and dtype of the checkpoint.
@@ -138,7 +145,7 @@ class Encoded:
       return functools.partial(finish, begin())
 
     in_float32 = dataclasses.replace(self.tensor, dtype=np.dtype(np.float32))
-    for begin in source.reads(in_float32, read):
+    for begin in in_float32.reads(source, read):
       yield functools.partial(start, begin)
 
 
@@ -224,13 +231,19 @@ def check_overflow(name: str, value: np.ndarray, stored: np.ndarray) -> None:
 def tensors_of(model: PyTree, dtype: np.dtype) -> list[Tensor]:
   """Returns the tensors of a model's parameters (or their shapes), layer by layer.
 
+  Tables of tokens get the number of rows in the model's config, also if the parameters have
+  another; see deployment/draft.py.
+
   Raises:
     ValueError: Two parameters declare the same name, which is a bug.
   """
   tensors = []
+  vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
   for path, v in params.named_params(model):
     layout, own = declared.Layout(v), declared.dtype_of(v, dtype)
-    tensors += [Tensor(name, path, v, i, layout, own) for name, i in declared.tensors(v)]
+    is_other = VOCABULARY in v.get_metadata()["out"] and layout.shape[0] != vocabulary
+    rows = vocabulary if is_other else None
+    tensors += [Tensor(name, path, v, i, layout, own, rows) for name, i in declared.tensors(v)]
   if len({t.name for t in tensors}) < len(tensors):
     raise ValueError("Two parameters declare the same Hugging Face name.")
   return sorted(tensors, key=lambda t: _natural_order(t.name))

@@ -12,6 +12,7 @@ from distill_jax.report.deployment import Deployment
 from distill_jax.report.results import corpus_name
 from distill_jax.schedules import Schedule
 
+DRAFT = "- A draft of the teacher for speculative decoding: its tokens, as many rows of the table"
 COLUMNS = ("ce", "perplexity", "kl", "agreement", "parameters")
 
 
@@ -41,6 +42,7 @@ def card(
     *([] if config.tasks else [text]),
     f"- Optimizer: AdamW, peak learning rate {optim.peak_lr:g}, {optim.schedule} schedule, "
     f"weight decay {optim.weight_decay:g}",
+    *([DRAFT] if config.export.draft else []),
     *(_entry("Loss", name, loss) for name, loss in config.losses.items()),
     "",
     *_measured(evaluation),
