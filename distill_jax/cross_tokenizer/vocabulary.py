@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill_jax.data import token_bytes
-from distill_jax.data.tokenizers import EOS, Tokenizer
+from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.hub.special_tokens import EOS
 from distill_jax.runtime import extras
 
 if TYPE_CHECKING:  # worker processes must not import jax

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
+from distill_jax.hub.special_tokens import BOS, EOS
 from distill_jax.runtime import extras, files, json_io
 
 if TYPE_CHECKING:  # the workers of `pack` must not import jax
@@ -25,11 +26,6 @@ with extras.needed("train"):
   import tokenizers
 
 FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
-# Default special tokens, in order of preference. The end of a document precedes the end of a turn,
-# since packing separates documents.
-EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>")
-BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|im_start|>")
-
 SPACE = "\u2581"  # sentencepiece's symbol for a space
 
 

@@ -23,6 +23,7 @@ from distill_jax.hub.gguf_words import (
   normalizers,
   unsupported,
 )
+from distill_jax.hub.special_tokens import EOS
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary
 from distill_jax.hub.weights import parse_hf_json
 from distill_jax.types import JsonObject
@@ -131,7 +132,10 @@ def _special(files: TokenizerFiles, config: JsonObject, words: Words) -> dict[st
     return ids[text] if text in ids else words.special.get(role)
 
   bos = words.begin[0] if words.begin else named("bos")
-  ends = _ends(named("eos"), config.get("eos_token_id"), words)
+  eos, given = named("eos"), config.get("eos_token_id")
+  if eos is None and given is None:  # as data/tokenizers.py chooses the end of documents
+    eos = next((ids[name] for name in EOS if name in ids), None)
+  ends = _ends(eos, given, words)
   pairs = [("bos", bos), *ends.items(), ("unknown", named("unk")), ("padding", named("pad"))]
   return {f"{role}_token_id": i for role, i in pairs if i is not None}
 

@@ -100,6 +100,7 @@ def test_the_token_that_begins_a_text():
   "named, config, generation, want",
   [
     ("<|endoftext|>", {}, {}, {"eos": 0}),
+    (None, {}, {}, {"eos": 0}),  # by its name, as in training
     ("<|im_end|>", {"eos_token_id": 0}, {}, {"eos": 0}),  # it is not among the model's
     ("<|im_end|>", {"eos_token_id": 0}, {"eos_token_id": [0, 1]}, {"eos": 1, "eot": 0}),
     (None, {"eos_token_id": 5}, {"eos_token_id": [6, 0, 7]}, {"eos": 6, "eot": 7, "eom": 0}),
@@ -266,7 +267,7 @@ def test_what_llama_cpp_cannot_do_is_refused(fault):
 
 def test_ends_that_cannot_be_written_are_refused():
   with pytest.raises(InputError, match="no token that ends a text"):
-    meta_of(byte_level(), eos_token=None)
+    meta_of(byte_level(special=["<a>", "<b>"]))
   with pytest.raises(InputError, match="eos_token_id is 999"):
     meta_of(byte_level(), {"eos_token_id": 999})
   with pytest.raises(InputError, match="more than three tokens that end"):
