@@ -16,6 +16,7 @@ from distill_jax.config import Config
 from distill_jax.deployment import calibration, rounding
 from distill_jax.deployment.calibration import Calibration, Text
 from distill_jax.deployment.rounding import Width
+from distill_jax.models import DecoderConfig
 from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
 from distill_jax.runtime import distributed
@@ -32,11 +33,18 @@ def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject
     table: the width of the embedding table and the head.
 
   Returns:
-    kl_to_float, loss_increase (nats per token) and calibration_tokens.
+    kl_to_float, loss_increase (nats per token) and calibration_tokens; {} for students other than
+    decoders of text, whose loss is not measured.
 
   Raises:
     InputError: the text cannot be read, or does not fit the student.
   """
+  if config.tasks or not isinstance(run.student.config, DecoderConfig):
+    _say(
+      f"The loss by rounding to {width.numbers} is measured for decoders of text only. Compare the "
+      "export with the run by `evaluate`."
+    )
+    return {}
   mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
   text = calibration.read_text(config, run.student, mesh)
   with jax.set_mesh(mesh):
@@ -55,15 +63,17 @@ def load(config: Config, run: Run, text: Text, mesh: Mesh) -> tuple[Model, Calib
 def report(calibrated: Calibration, rounded: Model, text: Text, what: str) -> JsonObject:
   """Returns the loss of a model for the summary, and prints it."""
   loss = calibrated.loss(rounded)
-  if distributed.is_process_0():
-    print(
-      f"{what} costs {loss.kl:.3g} nats per token of KL to the float student; the cross-entropy "
-      f"changes by {loss.increase:+.3g} (on {text.labels:,} tokens of data).",
-      file=sys.stderr,
-      flush=True,
-    )
+  _say(
+    f"{what} costs {loss.kl:.3g} nats per token of KL to the float student; the cross-entropy "
+    f"changes by {loss.increase:+.3g} (on {text.labels:,} tokens of data)."
+  )
   return {
     "kl_to_float": loss.kl,
     "loss_increase": loss.increase,
     "calibration_tokens": text.labels,
   }
+
+
+def _say(line: str) -> None:
+  if distributed.is_process_0():
+    print(line, file=sys.stderr, flush=True)

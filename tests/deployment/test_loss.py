@@ -1,5 +1,7 @@
 """The loss by rounding a run's student, on a mesh and on one device, and what is refused."""
 
+import types
+
 import pytest
 import tiny
 
@@ -8,7 +10,7 @@ from distill_jax.deployment import calibration, loss, rounding
 from distill_jax.deployment.calibration import Calibration
 from distill_jax.deployment.rounding import Width
 from distill_jax.errors import InputError
-from distill_jax.models import loading
+from distill_jax.models import loading, vit
 from distill_jax.nn import sharding
 
 TOKENS = 100  # 4 rows of 32
@@ -47,3 +49,10 @@ def test_text_that_is_missing_is_refused_with_what_to_do(tiny_run, run, tmp_path
   c = resolved(tiny_run, tmp_path, data={"path": str(tmp_path / "gone.txt")})
   with pytest.raises(InputError, match="gone.txt.* export.calibration_tokens=0"):
     loss.of_width(c, run, Width("int8"), Width("F32"))
+
+
+def test_the_loss_of_other_models_is_not_measured(tiny_run, tmp_path, capsys):
+  c, images = resolved(tiny_run, tmp_path), types.SimpleNamespace(config=vit.TINY)
+  run = types.SimpleNamespace(student=images)
+  assert loss.of_width(c, run, Width("int8"), Width("F32")) == {}
+  assert "is measured for decoders of text only" in capsys.readouterr().err
