@@ -1,8 +1,7 @@
 """The loss by rounding a run's student for a file.
 
 The student is loaded onto the mesh, in float32: 4 bytes for each parameter, over all devices. It is
-freed before the export begins. The keys of DeepSeek's latent attention, which stay float32 in a
-GGUF file with blocks, are rounded here with the values, whose matrix they share.
+freed before the export begins.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.deployment import calibration, rounding
 from distill_jax.deployment.calibration import Calibration, Text
-from distill_jax.deployment.rounding import Width
+from distill_jax.deployment.rounding import LayerTensor, Width
 from distill_jax.models import DecoderConfig
 from distill_jax.models.runs import Run
-from distill_jax.nn import sharding
+from distill_jax.nn import grids, sharding
 from distill_jax.runtime import distributed
 from distill_jax.types import JsonObject, Model
 
@@ -49,8 +48,14 @@ def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject
   text = calibration.read_text(config, run.student, mesh)
   with jax.set_mesh(mesh):
     model, calibrated = load(config, run, text, mesh)
-    model = rounding.round_model(model, dict.fromkeys(rounding.layer_tensors(model), width), table)
+    widths = {t: width for t in rounding.layer_tensors(model) if not _is_float(t, width)}
+    model = rounding.round_model(model, widths, table)
     return report(calibrated, model, text, f"Rounding to {width.numbers}")
+
+
+def _is_float(tensor: LayerTensor, width: Width) -> bool:
+  """Returns whether a weight stays float32: DeepSeek's latents, in a GGUF file with blocks."""
+  return width.numbers in grids.GGUF and tensor.path.endswith(".kv_up")
 
 
 def load(config: Config, run: Run, text: Text, mesh: Mesh) -> tuple[Model, Calibration]:

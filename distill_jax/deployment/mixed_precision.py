@@ -13,7 +13,6 @@ measured again after an interruption.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import sys
@@ -30,7 +29,7 @@ from distill_jax.deployment.calibration import Calibration
 from distill_jax.deployment.rounding import LayerTensor, Width
 from distill_jax.errors import bad_value
 from distill_jax.hub import gguf_export
-from distill_jax.hub.gguf_tensors import GGUFTensor, Numbers
+from distill_jax.hub.gguf_tensors import Numbers
 from distill_jax.hub.tensors import Encoded
 from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
@@ -70,9 +69,10 @@ def choose_widths(
     files = gguf_export.gguf_files(shapes, tokenizer, run.student.generation, numbers)
     return sum(file.nbytes for file in files)
 
-  numbers = dataclasses.replace(numbers, quant=WIDEST)
+  smallest = ROUNDED[0]
+  numbers = dataclasses.replace(numbers, quant=smallest)
   found = candidates(shapes, numbers)
-  fixed = file_bytes(numbers) - sum(c.sizes[WIDEST] for c in found.values())
+  fixed = file_bytes(numbers) - sum(c.sizes[smallest] for c in found.values())
   check_target(found, fixed, target)
   tensors = {name: c.tensor for name, c in found.items()}
   mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
@@ -86,7 +86,8 @@ def choose_widths(
     widths = {tensors[name]: Width(width) for name, width in choice.items()}
     model = rounding.round_model(model, widths, Width(numbers.embedding))
     cost = loss.report(calibrated, model, text, f"Rounding to at most {target:,} bytes")
-  (most, _), *_ = collections.Counter(choice.values()).most_common()
+  # The file is named after a width with blocks, which decides the numbers of DeepSeek's latents.
+  most = max(ROUNDED, key=list(choice.values()).count)
   numbers = dataclasses.replace(numbers, quant=most, widths=choice)
   content = {
     **cost,
@@ -136,32 +137,22 @@ def candidates(model: Model, numbers: Numbers) -> dict[str, Candidate]:
 
   Args:
     model: the model, or its shapes.
-    numbers: the types of the other tensors.
+    numbers: the types of the other tensors; `quant` is ROUNDED[0].
 
   Raises:
     InputError: llama.cpp does not know the model, or blocks do not divide the inputs of a tensor.
   """
-  sizes: dict[str, dict[str, int]] = {}
-  tensors: dict[str, LayerTensor] = {}
-  for width in (*ROUNDED, WIDEST):
-    _, planned = gguf_export.plan(model, dataclasses.replace(numbers, quant=width))
-    parts = collections.defaultdict(list)  # a weight may be several tensors of the file
+  found: dict[str, Candidate] = {}
+  for width in (*ROUNDED, WIDEST):  # of the first, with numbers.quant, the names follow
+    of_width = dataclasses.replace(numbers, widths=dict.fromkeys(found, width))
+    _, planned = gguf_export.plan(model, of_width)
     for t in planned:
-      parts[_weight_of(t)].append(t)
-    for weight, of_weight in parts.items():
-      for t in of_weight:
-        if t.role == "linear" and weight is not None:
-          tensors[t.name] = weight
-          sizes.setdefault(t.name, {})[width] = sum(part.nbytes for part in of_weight)
-  return {name: Candidate(tensor, sizes[name]) for name, tensor in tensors.items()}
-
-
-def _weight_of(tensor: GGUFTensor) -> LayerTensor | None:
-  """Returns the weight of a layer that a tensor of the file has; None for a table or a constant."""
-  part = tensor.parts[0]
-  if not isinstance(part, Encoded) or not part.tensor.loop_index:
-    return None
-  return LayerTensor(part.tensor.path, part.tensor.loop_index[0])
+      if t.role == "linear":
+        (weight, *_), size = t.parts, t.nbytes
+        assert isinstance(weight, Encoded)
+        layer = LayerTensor(weight.tensor.path, weight.tensor.loop_index[0])
+        found.setdefault(t.name, Candidate(layer, {})).sizes[width] = size
+  return found
 
 
 def choose(options: Options, budget: int) -> Choice:

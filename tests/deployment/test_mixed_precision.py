@@ -21,7 +21,7 @@ from distill_jax.deployment.rounding import Width
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, gguf_export
 from distill_jax.hub.gguf_tensors import Numbers
-from distill_jax.models import llama, loading, qwen3
+from distill_jax.models import deepseek_v3, llama, loading, qwen3
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import collate
@@ -144,7 +144,7 @@ forward = jax.jit(lambda model, inputs: model(inputs, COMPUTE))
 
 
 def candidates(model):
-  return mixed_precision.candidates(model, Numbers("F16", "Q8_0"))
+  return mixed_precision.candidates(model, Numbers("Q4_0", "Q8_0"))
 
 
 def test_measured_losses_are_kept_and_the_model_is_not_changed(tmp_path):
@@ -261,6 +261,28 @@ def test_the_sizes_are_those_of_the_file():
     (tensor,) = (t for t in planned if t.name == name)
     assert few[name].sizes[width] == tensor.nbytes
   assert few["blk.1.ffn_down_exps.weight"].tensor == ("layers.experts.down", 1)
+
+
+def test_weights_that_stay_float32_in_the_file_are_no_candidates():
+  """Those are DeepSeek's latents, whose width does not depend on that of the others."""
+  c = dataclasses.replace(
+    deepseek_v3.TINY, q_lora_rank=32, kv_lora_rank=32, v_head_dim=8, moe_intermediate_size=32
+  )
+  model = jax.eval_shape(lambda: deepseek_v3.Model(c, jax.random.key(0)))
+  few = candidates(model)
+  paths = {c.tensor.path for c in few.values()}
+  every = {t.path for t in rounding.layer_tensors(model)}
+  assert every - paths == {"dense.kv_up", "layers.kv_up"}
+  for width in ("Q4_0", "Q8_0", "F16"):
+    numbers = Numbers("Q8_0", "Q8_0", dict.fromkeys(few, width))
+    sizes = {t.name: t.nbytes for t in gguf_export.plan(model, numbers)[1]}
+    assert {name: c.sizes[width] for name, c in few.items()} == {n: sizes[n] for n in few}
+    assert sum(sizes.values()) - sum(sizes[n] for n in few) == rest(model)
+
+
+def rest(model):
+  _, planned = gguf_export.plan(model, Numbers("Q4_0", "Q8_0"))
+  return sum(t.nbytes for t in planned if t.role != "linear")
 
 
 def test_sizes_that_cannot_be_reached_or_need_no_rounding_are_refused():

@@ -32,7 +32,7 @@ def test_chosen_widths_are_better_than_others_of_their_size(tmp_path):
   text = calibration.read_text(c, student, mesh)
   model = calibration.as_float32(student.load(mesh, runs.keys(0)["student"]).model)
   on_text = Calibration(model, text.batches, student.compute, mesh, 32, text.vocab_size)
-  found = mixed_precision.candidates(model, Numbers("F16", "Q8_0"))
+  found = mixed_precision.candidates(model, Numbers("Q4_0", "Q8_0"))
   tensors = {name: t.tensor for name, t in found.items()}
   model, kls = mixed_precision.measure(model, on_text, tensors, tmp_path / "kl.json", "")
   options = mixed_precision.options(found, kls)
