@@ -19,15 +19,14 @@ import numpy as np
 
 from distill_jax.errors import InputError, check_choice
 from distill_jax.hub import export_folder
-from distill_jax.hub.export_folder import Content
+from distill_jax.hub.export import content_of
 from distill_jax.hub.gguf_architectures import Architecture, architecture
 from distill_jax.hub.gguf_file import CONFIG
 from distill_jax.hub.gguf_tensors import ALIGNMENT, QUANTS, GGUFTensor, Numbers, gguf_tensors
 from distill_jax.hub.gguf_vocabulary import vocabulary
-from distill_jax.hub.tensors import InCheckpoint, InMemory, Shard, tensors_of
+from distill_jax.hub.tensors import Shard, tensors_of
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import hf_json
-from distill_jax.nn import params
 from distill_jax.runtime import extras
 from distill_jax.runtime.saved_arrays import SavedArrays
 from distill_jax.types import JsonObject, Model
@@ -89,12 +88,7 @@ def export_gguf(
   shards = gguf_files(model, tokenizer, generation, numbers, split_bytes)
   texts = {name: hf_json(value) for name, value in (extra or {}).items()}
   texts["README.md"] = card.encode()
-  if saved is None:
-    content = Content(shards, InMemory(), texts)
-  else:
-    saved.check_same_model(dict(params.named_params(model)))
-    content = Content(shards, InCheckpoint(saved), texts, saved.digest, saved.check)
-  export_folder.write(target, content)
+  export_folder.write(target, content_of(model, shards, texts, saved))
 
 
 def gguf_files(
