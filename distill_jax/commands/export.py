@@ -32,7 +32,8 @@ import jax
 
 from distill_jax.config import Config
 from distill_jax.data import corpus
-from distill_jax.deployment import draft
+from distill_jax.deployment import draft, loss
+from distill_jax.deployment.rounding import Width
 from distill_jax.errors import bad_value
 from distill_jax.hub import formats
 from distill_jax.hub.export import export_model
@@ -70,8 +71,6 @@ def run(config: Config, workdir: Path) -> JsonObject:
   options = config.export
   _check(options, adapters=trainables.of_student(config.student).has_base)
   form = formats.choose(options, config.student.quantise)
-  if form.name == "gguf":
-    raise bad_value("export.format", "gguf", "'hf'", "Change it")
   evaluation = None
   if options.evaluation:
     action = "run evaluate first, or set export.evaluation to an empty string"
@@ -118,11 +117,24 @@ def _writer(
     workdir: its folder.
     common: the arguments that the functions of all formats have.
   """
-  options = config.export
+  options, quantise, cost = config.export, config.student.quantise, {}
+  if form.rounds and options.calibration_tokens and not options.target_bytes:
+    width, table = Width(form.quant, form.group), Width(form.embedding)
+    cost = loss.of_width(config, trained, width, table)
+  if form.name == "gguf":
+    from distill_jax.deployment import mixed_precision  # imports gguf
+    from distill_jax.hub.gguf_export import Numbers, export_gguf
+
+    numbers = Numbers(form.quant, form.embedding, grid=quantise.grid, group=quantise.group)
+    common["extra"] = {}
+    if options.target_bytes:
+      numbers, chosen = mixed_precision.choose_widths(config, trained, workdir, numbers)
+      common["extra"] = {"widths.json": chosen}
+      cost = {key: chosen[key] for key in loss.KEYS}
+    return functools.partial(export_gguf, numbers=numbers, **common), cost
   integers = QuantiseOptions(form.quant, form.group) if form.quant in PACKED else UNROUNDED
   common |= {"dtype": options.dtype, "shard_bytes": options.shard_bytes}
-  quantise = config.student.quantise
-  return functools.partial(export_model, quantise=quantise, integers=integers, **common), {}
+  return functools.partial(export_model, quantise=quantise, integers=integers, **common), cost
 
 
 def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:

@@ -21,6 +21,8 @@ from distill_jax.nn import grids, sharding
 from distill_jax.runtime import distributed
 from distill_jax.types import JsonObject, Model
 
+KEYS = ("kl_to_float", "loss_increase", "calibration_tokens")  # of the summary of an export
+
 
 def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject:
   """Measures the loss by rounding all linear weights of layers to one width, and prints it.
@@ -72,11 +74,7 @@ def report(calibrated: Calibration, rounded: Model, text: Text, what: str) -> Js
     f"{what} costs {loss.kl:.3g} nats per token of KL to the float student; the cross-entropy "
     f"changes by {loss.increase:+.3g} (on {text.labels:,} tokens of data)."
   )
-  return {
-    "kl_to_float": loss.kl,
-    "loss_increase": loss.increase,
-    "calibration_tokens": text.labels,
-  }
+  return dict(zip(KEYS, (*loss, text.labels), strict=True))
 
 
 def _say(line: str) -> None:

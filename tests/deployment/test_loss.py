@@ -1,17 +1,22 @@
 """The loss by rounding a run's student, on a mesh and on one device, and what is refused."""
 
+import shutil
 import types
+from pathlib import Path
 
+import gguf
 import pytest
 import tiny
 
 from distill_jax import config
-from distill_jax.deployment import calibration, loss, rounding
+from distill_jax.commands import export
+from distill_jax.deployment import calibration, loss, mixed_precision, rounding
 from distill_jax.deployment.calibration import Calibration
 from distill_jax.deployment.rounding import Width
 from distill_jax.errors import InputError
 from distill_jax.models import loading, vit
 from distill_jax.nn import sharding
+from distill_jax.runtime import json_io
 
 TOKENS = 100  # 4 rows of 32
 
@@ -56,3 +61,51 @@ def test_the_loss_of_other_models_is_not_measured(tiny_run, tmp_path, capsys):
   run = types.SimpleNamespace(student=images)
   assert loss.of_width(c, run, Width("int8"), Width("F32")) == {}
   assert "is measured for decoders of text only" in capsys.readouterr().err
+
+
+@pytest.fixture
+def exported(tiny_run, tmp_path):
+  """Exports a copy of the run, with some keys of `export`; returns the summary."""
+  shutil.copytree(tiny_run / "whole", tmp_path / "run")
+  (folder := tmp_path / "tokenizer").mkdir()
+  tiny.write_tokenizer(folder / "tokenizer.json")
+  (folder / "tokenizer_config.json").write_text('{"eos_token": "!"}')
+
+  def run(**keys):
+    c = tiny.tiny(tmp_path)
+    c.data.tokenizer, c.export.calibration_tokens = str(folder), TOKENS
+    c.export.update({"dir": str(tmp_path / f"out{len(list(tmp_path.glob('out*')))}"), **keys})
+    return export.run(config.resolve(c), tmp_path / "run")
+
+  return run
+
+
+def test_an_export_says_what_rounding_costs_unless_asked_not_to(exported):
+  losses = [exported(quant="int8")["kl_to_float"]]
+  losses += [exported(format="gguf", quant=quant)["kl_to_float"] for quant in ("Q8_0", "Q4_0")]
+  assert 0 < losses[0] < losses[2] and 0 < losses[1] < losses[2]
+  for keys in ({"quant": "Q8_0", "calibration_tokens": 0}, {"quant": "F16"}):
+    assert "kl_to_float" not in exported(format="gguf", **keys)
+
+
+def test_the_widths_of_a_file_are_chosen_for_its_size(exported, tmp_path, capsys):
+  all_4 = exported(format="gguf", quant="Q4_0")
+  with pytest.raises(
+    InputError, match=r"target_bytes is 1; expected at least (\d+), the size"
+  ) as e:
+    exported(format="gguf", target_bytes=1)
+  assert f"at least {all_4['bytes']}," in str(e.value)
+  target = all_4["bytes"] * 5 // 4
+  summary = exported(format="gguf", target_bytes=target)
+  chosen = json_io.read_object(Path(summary["export_dir"], "widths.json"), "")
+  assert summary["bytes"] == chosen["file_bytes"] <= target < summary["bytes"] + 32 * 64 * 2
+  assert summary["kl_to_float"] == chosen["kl_to_float"] < all_4["kl_to_float"]
+  (file,) = Path(summary["export_dir"]).glob("*.gguf")
+  found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+  rows = chosen["tensors"]
+  assert {name: row["width"] for name, row in rows.items()} == {n: found[n] for n in rows}
+  assert len(rows) == 3 * 7 and len({row["width"] for row in rows.values()}) > 1
+  printed = capsys.readouterr().err
+  assert len([line for line in printed.splitlines() if line.startswith("blk.")]) == 3 * 7
+  kept = json_io.read_object(tmp_path / "run" / mixed_precision.MEASURED, "")
+  assert kept["kl"] == {name: row["kl"] for name, row in rows.items()}

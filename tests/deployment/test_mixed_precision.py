@@ -4,28 +4,23 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 
 import gguf
 import jax
 import numpy as np
 import pytest
-import tiny
 
-from distill_jax import config
-from distill_jax.data import corpus
-from distill_jax.deployment import loss, mixed_precision, rounding
+from distill_jax.deployment import mixed_precision, rounding
 from distill_jax.deployment.calibration import Calibration
 from distill_jax.deployment.mixed_precision import Stored
 from distill_jax.deployment.rounding import Width
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, gguf_export
 from distill_jax.hub.gguf_tensors import Numbers
-from distill_jax.models import deepseek_v3, llama, loading, qwen3
+from distill_jax.models import deepseek_v3, llama, qwen3
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import collate
-from distill_jax.runtime import json_io
 
 MOE = dataclasses.replace(qwen3.CONFIGS["tiny-moe"], moe_intermediate_size=32, num_hidden_layers=2)
 KINDS = {"llama": (llama, llama.TINY), "experts": (qwen3, MOE)}
@@ -294,30 +289,3 @@ def test_sizes_that_cannot_be_reached_or_need_no_rounding_are_refused():
     mixed_precision.check_target(few, 1000, smallest - 1)
   with pytest.raises(InputError, match="set export.quant='F16'"):
     mixed_precision.check_target(few, 1000, largest)
-
-
-def test_a_run_gets_the_widths_that_fit_a_size(tiny_run, tmp_path, capsys):
-  c = tiny.tiny(tmp_path)
-  (folder := tmp_path / "tokenizer").mkdir()
-  tiny.write_tokenizer(folder / "tokenizer.json")
-  (folder / "tokenizer_config.json").write_text('{"eos_token": "!"}')
-  c.data.tokenizer, c.export.calibration_tokens, c.export.target_bytes = str(folder), 100, 1
-  numbers, run = Numbers("", "Q8_0"), loading.open_run(tiny_run / "whole")
-  with pytest.raises(InputError, match=r"target_bytes is 1; expected at least \d+, the size") as e:
-    mixed_precision.choose_widths(config.resolve(c), run, tmp_path, numbers)
-  smallest = int(re.search(r"at least (\d+)", str(e.value))[1])
-  c.export.target_bytes = target = smallest * 5 // 4
-  resolved = config.resolve(c)
-  numbers, content = mixed_precision.choose_widths(resolved, run, tmp_path, numbers)
-  tokenizer = corpus.files_of(resolved.data, None)
-  (file,) = gguf_export.gguf_files(run.student.abstract, tokenizer, {}, numbers)
-  assert file.nbytes == content["file_bytes"] <= target < file.nbytes + 32 * 64 * 2
-  assert len(set(numbers.widths.values())) > 1
-  rows = content["tensors"]
-  assert {name: row["width"] for name, row in rows.items()} == numbers.widths
-  all_4 = loss.of_width(resolved, run, Width("Q4_0"), Width("Q8_0"))
-  assert content["kl_to_float"] < all_4["kl_to_float"]
-  printed = capsys.readouterr().err
-  assert len([line for line in printed.splitlines() if line.startswith("blk.")]) == 3 * 7
-  kept = json_io.read_object(tmp_path / mixed_precision.MEASURED, "")
-  assert kept["kl"] == {name: row["kl"] for name, row in rows.items()}
