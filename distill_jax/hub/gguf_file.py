@@ -106,6 +106,10 @@ class GGUFFile:
         raise self._damaged(f"{CONFIG} in its metadata cannot be used: {e!r:.200}") from e
       if found.name != name:
         raise self._damaged(f"{CONFIG} in its metadata is that of another architecture")
+      for key, value in found.metadata.items():
+        stored = self.meta.get(f"{name}.{key}")
+        if stored != (float(np.float32(value)) if isinstance(value, float) else value):
+          raise self._damaged(f"{name}.{key} is {stored!r:.60}, but {CONFIG} says {value!r:.60}")
       return found
     if name != "llama":
       raise InputError(

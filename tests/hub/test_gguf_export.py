@@ -70,6 +70,14 @@ def test_every_family_is_opened_again(case, models, tmp_path):
     np.testing.assert_array_equal(file.read(name, at), file.read(name)[at], err_msg=name)
 
 
+def test_a_config_that_differs_from_the_metadata_is_damaged(models, tmp_path):
+  path = gguf_models.export(models["llama"], tmp_path)
+  changed = path.read_bytes().replace(b'"rope_theta": 10000.0', b'"rope_theta": 20000.0')
+  path.write_bytes(changed)
+  with pytest.raises(InputError, match=r"llama\.rope\.freq_base is 10000\.0, but .* 20000\.0"):
+    GGUFFile(path)
+
+
 @pytest.mark.parametrize("quant", grids.GGUF)
 def test_the_integers_of_training_are_in_the_file(quant, models, tmp_path):
   """Bit for bit, also if a student was trained on this grid; permuted rows and experts included."""
