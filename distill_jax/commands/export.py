@@ -35,7 +35,7 @@ from distill_jax.data import corpus
 from distill_jax.deployment import draft, loss
 from distill_jax.deployment.rounding import Width
 from distill_jax.errors import bad_value
-from distill_jax.hub import formats
+from distill_jax.hub import formats, packed_export
 from distill_jax.hub.export import export_model
 from distill_jax.hub.export_folder import check_new
 from distill_jax.hub.formats import Format
@@ -81,8 +81,8 @@ def run(config: Config, workdir: Path) -> JsonObject:
   trained = loading.open_run(workdir, step)
   student = trained.student
   tokenizer = corpus.files_of(config.data, student.pretrained)
-  summary: JsonObject = {"export_dir": options.dir}
   rows = draft.rows(config, student, tokenizer) if options.draft else None
+  summary: JsonObject = {"export_dir": options.dir}
   common: JsonObject = {
     "target": options.dir,
     "tokenizer": tokenizer,
@@ -116,25 +116,50 @@ def _writer(
     trained: the run.
     workdir: its folder.
     common: the arguments that the functions of all formats have.
-  """
-  options, quantise, cost = config.export, config.student.quantise, {}
-  if form.rounds and options.calibration_tokens and not options.target_bytes:
-    width, table = Width(form.quant, form.group), Width(form.embedding)
-    cost = loss.of_width(config, trained, width, table)
-  if form.name == "gguf":
-    from distill_jax.deployment import mixed_precision  # imports gguf
-    from distill_jax.hub.gguf_export import Numbers, export_gguf
 
-    numbers = Numbers(form.quant, form.embedding, grid=quantise.grid, group=quantise.group)
-    common["extra"] = {}
-    if options.target_bytes:
-      numbers, chosen = mixed_precision.choose_widths(config, trained, workdir, numbers)
-      common["extra"] = {"widths.json": chosen}
-      cost = {key: chosen[key] for key in loss.KEYS}
-    return functools.partial(export_gguf, numbers=numbers, **common), cost
-  integers = QuantiseOptions(form.quant, form.group) if form.quant in PACKED else UNROUNDED
+  Raises:
+    InputError: the student cannot be written in this format.
+  """
+  if form.name == "gguf":
+    return _gguf_writer(config, form, trained, workdir, common)
+  options, grid = config.export, config.student.quantise
+  integers = UNROUNDED
+  if form.quant in PACKED:
+    integers = QuantiseOptions(form.quant, form.group)
+    packed_export.check(trained.student.abstract, integers)
   common |= {"dtype": options.dtype, "shard_bytes": options.shard_bytes}
-  return functools.partial(export_model, quantise=quantise, integers=integers, **common), cost
+  cost = _cost(config, form, trained)
+  return functools.partial(export_model, quantise=grid, integers=integers, **common), cost
+
+
+def _gguf_writer(
+  config: Config, form: Format, trained: Run, workdir: Path, common: JsonObject
+) -> tuple[Callable[..., None], JsonObject]:
+  """Returns the same as `_writer`; only here the extra "gguf" is needed."""
+  from distill_jax.deployment import mixed_precision
+  from distill_jax.hub import gguf_export
+  from distill_jax.hub.gguf_tensors import Numbers
+
+  common |= {"extra": {}}  # the files of a task are for transformers
+  student, grid = trained.student, config.student.quantise
+  numbers = Numbers(form.quant, form.embedding, grid=grid.grid, group=grid.group)
+  # What llama.cpp lacks is refused before anything is measured.
+  gguf_export.gguf_files(student.abstract, common["tokenizer"], student.generation, numbers)
+  if config.export.target_bytes:
+    numbers, widths = mixed_precision.choose_widths(config, trained, workdir, numbers)
+    common |= {"extra": {"widths.json": widths}}
+    cost = {key: widths[key] for key in loss.KEYS}
+  else:
+    cost = _cost(config, form, trained)
+  return functools.partial(gguf_export.export_gguf, numbers=numbers, **common), cost
+
+
+def _cost(config: Config, form: Format, trained: Run) -> JsonObject:
+  """Returns the loss by rounding if weights are not on the grid of training; {}: not measured."""
+  if not form.rounds or not config.export.calibration_tokens:
+    return {}
+  width, table = Width(form.quant, form.group), Width(form.embedding)
+  return loss.of_width(config, trained, width, table)
 
 
 def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:

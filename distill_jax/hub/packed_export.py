@@ -31,7 +31,7 @@ import numpy as np
 from distill_jax.errors import bad_value
 from distill_jax.hub import compressed, rounding
 from distill_jax.hub.compressed import Scheme
-from distill_jax.hub.tensors import Constant, Encoded, Tensor
+from distill_jax.hub.tensors import Constant, Encoded, Tensor, tensors_of
 from distill_jax.nn import grids, params
 from distill_jax.nn.quantise import QuantiseOptions, is_quantised
 from distill_jax.runtime import saved_arrays
@@ -48,6 +48,13 @@ def scheme_of(model: PyTree, integers: QuantiseOptions) -> Scheme:
   axes = [v.get_metadata()["axes"] for _, v in params.named_params(model) if is_quantised(v)]
   packed = bits == 4 or integers.group > 0 or any("experts" in a for a in axes)
   return Scheme(bits, integers.group, packed)
+
+
+def check(model: PyTree, integers: QuantiseOptions) -> None:
+  """Raises InputError if the inputs of a weight do not fill groups, or words of 32 bits."""
+  scheme, every = scheme_of(model, integers), tensors_of(model, np.dtype(np.float32))
+  for _ in file_tensors(every, scheme, integers, np.dtype(np.float32)):
+    pass
 
 
 def file_tensors(
