@@ -84,6 +84,9 @@ def _check_gguf(options: ExportOptions) -> None:
   if options.target_bytes and options.quant:
     expected = "'' with export.target_bytes, which chooses the numbers"
     raise bad_value("export.quant", options.quant, expected, "Remove one of the keys")
+  if options.target_bytes and options.draft:
+    expected = "False with export.target_bytes, because rows are added to its embedding table"
+    raise bad_value("export.draft", True, expected, "Remove one of the keys")
   if options.target_bytes and not options.calibration_tokens:
     expected = "a number of tokens on which export.target_bytes measures the loss"
     raise bad_value("export.calibration_tokens", 0, expected, "Set it")

@@ -60,6 +60,10 @@ def test_the_numbers_of_an_export(keys, trained, want):
       {"format": "gguf", "calibration_tokens": 0, "target_bytes": 9},
       "export.calibration_tokens is 0; expected a number of tokens",
     ),
+    (
+      {"format": "gguf", "draft": True, "target_bytes": 9},
+      "export.draft is True; expected False with export.target_bytes",
+    ),
     ({"lora": "peft", "format": "gguf"}, "export.format is 'gguf'; expected 'hf' with .*'peft'"),
     ({"lora": "base", "quant": "int8"}, "export.quant is 'int8'; expected 'float' with .*'base'"),
   ],
