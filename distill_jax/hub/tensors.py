@@ -139,6 +139,8 @@ class Encoded:
       read.clear()
       rows = inner()
       add(sums, {saved_arrays.key(path, self.readers): found for path, found in read.items()})
+      if not rows.size:  # of a table that loses rows; see table_rows.py
+        return np.empty(0, self.dtype)
       return np.ascontiguousarray(self.encode(rows))
 
     def start(begin: Callable[[], Finish]) -> Finish:

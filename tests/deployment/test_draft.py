@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from distill_jax.commands import export
 from distill_jax.deployment import draft
 from distill_jax.errors import InputError
 from distill_jax.hub import export as hub_export
-from distill_jax.hub import table_rows, tensors
+from distill_jax.hub import gguf_export, table_rows, tensors
+from distill_jax.hub.gguf_tensors import Numbers
 from distill_jax.hub.weights import hf_json
 from distill_jax.models import bert, llama
 from distill_jax.runtime import checkpoint, saved_arrays
@@ -68,6 +70,27 @@ def test_from_a_checkpoint_by_slices(rows, model, tmp_path, monkeypatch):
   for name, tensor in whole.items():
     np.testing.assert_array_equal(parts[name], tensor)
   np.testing.assert_array_equal(whole[TABLES[1]][:40], np.asarray(model.head[...])[:40])
+
+
+@pytest.mark.parametrize("rows", [60, 40])
+def test_in_a_gguf_file(rows, model, tmp_path, monkeypatch):
+  whole = write_as_draft(model, rows, tmp_path / "hf")
+  with checkpoint.manager(tmp_path) as saves:
+    checkpoint.save(saves, 1, {"params": model, "step": np.int32(1)}, {})
+  monkeypatch.setattr(tensors, "PART_BYTES", 1500)  # several parts, some without rows
+  monkeypatch.setattr(gguf_export, "vocabulary", lambda *_: [])
+  numbers = Numbers("Q8_0", "Q8_0")
+  write = functools.partial(
+    gguf_export.export_gguf, tokenizer="files", generation={}, card="", numbers=numbers
+  )
+  with saved_arrays.open_arrays(tmp_path) as saved:
+    abstract = jax.eval_shape(lambda: model)
+    draft.with_rows_of(rows, write)(abstract, target=tmp_path / "gguf", saved=saved)
+  (path,) = (tmp_path / "gguf").glob("*.gguf")
+  stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+  for ours, hf in zip(("token_embd.weight", "output.weight"), TABLES, strict=True):
+    expected = gguf.quants.quantize(whole[hf], gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(stored[ours].data, expected)
 
 
 def test_a_new_token_is_never_the_most_probable():
