@@ -240,7 +240,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
 def test_the_export_has_unshared_layers(folder):
   """transformers reads three layers with tied embeddings and computes the same logits."""
   c = shared_config(folder)
-  c.export.dir, c.export.dtype = str(folder / "export"), "float32"
+  c.export.dir, c.export.dtype, c.export.quant = str(folder / "export"), "float32", "float"
   resolved = config.resolve(c)
   made = export.run(resolved, folder / "whole")
   assert made["shared_parameters"] == params.count(
