@@ -84,14 +84,15 @@ const actions = {
   async speed(model) {
     const {tokens, n, rounds} = request;
     const seq = await sequence(model, tokens.length + n);
-    const seconds = [];
+    const seconds = [];  // of processor time
     for (let round = 0; round < rounds; round++) {
       await seq.clearHistory();
       let start;  // when the first token is there: the prompt is not timed
-      for await (const _ of generate(model, seq, tokens, n)) start ??= performance.now();
-      seconds.push((performance.now() - start) / 1000);
+      for await (const _ of generate(model, seq, tokens, n)) start ??= process.cpuUsage();
+      const {user, system} = process.cpuUsage(start);
+      seconds.push((user + system) / 1e6);
     }
-    return seconds;
+    return {seconds, memory: process.memoryUsage().rss};
   },
 };
 

@@ -62,6 +62,18 @@ def missing() -> str:
   return ""
 
 
+class Generation(NamedTuple):
+  """The measurements of a generated sequence.
+
+  Attributes:
+    tokens_per_second: The rate, in seconds of processor time.
+    memory_bytes: The memory of the process at the end, of which node has about 80 MB.
+  """
+
+  tokens_per_second: float
+  memory_bytes: int
+
+
 class LlamaCpp:
   """The runtime. Every method loads the GGUF file at `path` in a new process.
 
@@ -110,13 +122,27 @@ class LlamaCpp:
   def speed(
     self, path: str | os.PathLike, prompt: Sequence[int], new: int, rounds: int = 3
   ) -> float:
-    """Returns the tokens per second at which a sequence is generated, the fastest of `rounds`.
+    """Returns the tokens per second at which a sequence is generated; see `generation`."""
+    return self.generation(path, prompt, new, rounds).tokens_per_second
 
-    The first token of `new` is not timed, as the time of the prompt is in it.
+  def generation(
+    self, path: str | os.PathLike, prompt: Sequence[int], new: int, rounds: int = 3
+  ) -> Generation:
+    """Generates `new` tokens `rounds` times, and returns what the fastest time has taken.
+
+    The time is that of the processor, so that other work on the machine changes it little: with one
+    thread, it is the time on an idle machine. The first token is not timed, as the time of the
+    prompt is in it.
     """
     tokens = [int(t) for t in prompt]
-    seconds = self._call("speed", path, tokens=tokens, n=new, rounds=rounds)
-    return (new - 1) / min(seconds)
+    answer = self._call("speed", path, tokens=tokens, n=new, rounds=rounds)
+    return Generation((new - 1) / min(answer["seconds"]), answer["memory"])
+
+  @property
+  def version(self) -> str:
+    """The name of the runtime with the version of the package."""
+    package = Path(os.environ[VARIABLE], "node_modules/node-llama-cpp/package.json")
+    return f"llama.cpp (node-llama-cpp {json.loads(package.read_text())['version']})"
 
   def _call(self, action: str, path: str | os.PathLike, **options: Any) -> Any:
     with tempfile.TemporaryDirectory() as out:
