@@ -37,7 +37,8 @@ class ModelFile:
     kl_to_float: KL(model in float32 || this file) in nats per token, on `Deployment.tokens` tokens;
       None if it was not measured.
     memory_bytes: The memory of the runtime's process after it has generated; None: not measured.
-    tokens_per_second: Generated tokens per second; None if llama.cpp does not read the format.
+    tokens_per_second: Generated tokens per second of processor time; None if llama.cpp does not
+      read the format.
     speedup: The ratio of `tokens_per_second` to the teacher's in the format `Deployment.reference`.
     speedup_in_format: The same ratio to the teacher's in this format; None for the teacher itself.
   """
@@ -54,11 +55,12 @@ class ModelFile:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """The savings of a student by formula: bytes as served, and decoded tokens per second and chip.
+  """The savings of a student by formula: bytes of weights, and decoded tokens per second and chip.
 
   Attributes:
     teacher, student: The names of the models.
     teacher_bytes, student_bytes: The bytes of their published weights.
+    files: Pairs of a format and the bytes of the student's tensors in it.
     speedups: Pairs of a batch size and the ratio of upper bounds on tokens per second and chip.
   """
 
@@ -66,6 +68,7 @@ class Bound:
   student: str
   teacher_bytes: int
   student_bytes: int
+  files: tuple[tuple[str, int], ...]
   speedups: tuple[tuple[int, float], ...]
 
 
@@ -149,8 +152,9 @@ def _files(tree: JsonObject) -> tuple[ModelFile, ...]:
 def _bounds(tree: JsonObject) -> tuple[Bound, ...]:
   rows = []
   for row in tree["bounds"]:
-    pairs = tuple((_positive(int, n), _positive(float, x)) for n, x in row["speedups"])
-    rows.append(_checked(Bound, {**row, "speedups": pairs}))
+    files = tuple((str(name), _positive(int, n)) for name, n in row["files"])
+    speedups = tuple((_positive(int, n), _positive(float, x)) for n, x in row["speedups"])
+    rows.append(_checked(Bound, {**row, "files": files, "speedups": speedups}))
   return tuple(rows)
 
 

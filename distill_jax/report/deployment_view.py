@@ -69,16 +69,18 @@ def _tables(d: Deployment) -> Iterator[Table]:
       "same format",
     ),
     tuple((f"{f.model.capitalize()}, {f.format}", _tone(f), _cells(d, f)) for f in d.files),
-    f"Measured on {d.machine} with {d.runtime}: {d.new} tokens after a prompt of {d.prompt}, the "
-    f"median of {d.rounds} rounds in which teacher and student take turns. Shares and speed-ups "
-    f"compare with the teacher ({d.teacher}) in {d.reference}, the last column with the teacher in "
-    "the same format. KL: nats per token from the predictions of the same model in float32, on "
+    f"Measured on {d.machine} with {d.runtime}: {d.new} tokens after a prompt of {d.prompt}, per "
+    f"second of processor time, the median of {d.rounds} rounds in which teacher and student take "
+    f"turns. Shares and speed-ups compare with the teacher ({d.teacher}) in {d.reference}, the "
+    "last column with the teacher in the same format. KL: nats per token from the predictions of "
+    "the same model in float32, on "
     f"{d.tokens:,} tokens of {d.text}.",
   )
   if d.bounds:
-    batches = [n for n, _ in d.bounds[0].speedups]
+    formats = [f"as {format}" for format, _ in d.bounds[0].files]
+    batches = [f"speed-up, batch {n:,}" for n, _ in d.bounds[0].speedups]
     yield Table(
-      ("weights", "of the teacher's", *(f"speed-up, batch {n:,}" for n in batches)),
+      ("weights", "of the teacher's", *formats, *batches),
       tuple(
         (
           f"{b.student} of {b.teacher}",
@@ -86,6 +88,7 @@ def _tables(d: Deployment) -> Iterator[Table]:
           (
             size(b.student_bytes, "B"),
             percent(b.student_bytes / b.teacher_bytes),
+            *(size(n, "B") for _, n in b.files),
             *(f"{x:.1f}×" for _, x in b.speedups),
           ),
         )

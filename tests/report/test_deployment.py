@@ -21,7 +21,8 @@ FILES = (
   ModelFile("student", "Q4_0", 38_000_000, 0.125, 140_000_000, 172.5, 3.45, 2.3),
   ModelFile("student", "int4", 90_000_000, 0.1),
 )
-BOUNDS = (Bound("DeepSeek-R1", "Qwen2.5 7B", 700 * 10**9, 14 * 10**9, ((1, 2.5), (64, 21.0))),)
+R1, QWEN = ("DeepSeek-R1", "Qwen2.5 7B"), (("Q4_0", 45 * 10**8),)
+BOUNDS = (Bound(*R1, 700 * 10**9, 14 * 10**9, QWEN, ((1, 2.5), (64, 21.0))),)
 SAVED = Deployment(
   teacher="big",
   student="small",
@@ -67,7 +68,8 @@ def file_with(**changes):
     ({"rounds": True}, "rounds is True"),
     ({"machine": 2}, "machine is 2"),
     ({"wrong": 1}, "wrong"),
-    ({"bounds": [{"teacher": "a"}]}, "speedups"),
+    ({"bounds": [{"teacher": "a", "files": []}]}, "speedups"),
+    ({"bounds": [{"teacher": "a", "files": [["Q8_0", 0]]}]}, "is 0"),
     (file_with(model="other"), "'other'"),
     (file_with(bytes=1.5), "bytes is 1.5"),
     (file_with(kl_to_float=-0.1), "kl_to_float is -0.1"),
@@ -108,7 +110,7 @@ def test_the_page_shows_the_measurements_beside_the_bounds(tmp_path):
   ours = ["38.0 MB", "19.0%", "0.12", "140.0 MB", "172.5", "3.45×", "2.30×"]
   assert page.row("Student, Q4_0")[1:] == ours
   assert page.row("Student, int4")[1:] == ["90.0 MB", "45.0%", "0.1", "–", "–", "–", "–"]
-  assert page.row("Qwen2.5 7B of DeepSeek-R1")[1:] == ["14.0 GB", "2.0%", "2.5×", "21.0×"]
+  assert page.row("Qwen2.5 7B of DeepSeek-R1")[1:] == ["14.0 GB", "2.0%", "4.5 GB", "2.5×", "21.0×"]
   assert (
     "As Q4_0, the student takes 38.0 MB, 19.0% of its teacher's F16 file, and generates 3.45 times "
     "as many tokens per second, at a KL of 0.12 to the float32 student."
@@ -126,7 +128,7 @@ def test_the_model_card_has_the_same_tables():
   assert lines[lines.index("## What a student saves") - 1] == ""
   row = "| Student, Q4_0 | 38.0 MB | 19.0% | 0.12 | 140.0 MB | 172.5 | 3.45× | 2.30× |"
   assert row in lines
-  assert "| Qwen2.5 7B of DeepSeek-R1 | 14.0 GB | 2.0% | 2.5× | 21.0× |" in lines
+  assert "| Qwen2.5 7B of DeepSeek-R1 | 14.0 GB | 2.0% | 4.5 GB | 2.5× | 21.0× |" in lines
   without = model_card.card(config.resolve(config.base()), 3, None)
   assert "## What" not in without
 
