@@ -43,8 +43,8 @@ RATES = {  # see RATES in tools/cross_tokenizer_evidence.py for those that are t
   "hard": 1.2e-3,
   "retargeted": 1.2e-3,
   "exact": 1.2e-3,
-  "alm": 6e-4,
-  "shared": 6e-4,
+  "alm": 1.2e-3,
+  "shared": 1.2e-3,
   "uld": 6e-4,
 }
 
