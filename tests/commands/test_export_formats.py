@@ -1,11 +1,20 @@
-"""What the command export refuses before it reads or measures anything."""
+"""The command export: what it refuses before it reads anything, and the numbers of training."""
 
+import json
+
+import jax
+import numpy as np
 import pytest
 import tiny
 
 from distill_jax import config
 from distill_jax.commands import export
+from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
+from distill_jax.models import loading
+from distill_jax.nn import sharding
+from distill_jax.runtime.workdir import Workdir
+from distill_jax.training.loop import train
 
 
 def resolved(folder, **options):
@@ -36,3 +45,36 @@ def test_a_student_without_a_place_in_the_format_is_refused_before_anything_is_m
   with pytest.raises(InputError, match=message):
     export.run(c, tiny_run / "whole")
   assert not (tmp_path / "out").exists()
+
+
+def for_llama_cpp(path):
+  """Changes a tokenizer of bytes: llama.cpp needs a merge, and a token that ends texts."""
+  made = json.loads(path.read_text())
+  vocab = made["model"]["vocab"]
+  vocab["ab"] = vocab.pop(max(vocab, key=vocab.get))
+  made["model"]["merges"] = [["a", "b"]]
+  path.write_text(json.dumps(made))
+  path.with_name("tokenizer_config.json").write_text('{"eos_token": "!"}')
+
+
+@pytest.mark.slow
+def test_a_gguf_file_has_the_numbers_of_training(tmp_path):
+  c = tiny.tiny(tmp_path)
+  for_llama_cpp(tmp_path / "tokenizer.json")
+  c.teacher.source = ""
+  c.student.train, c.student.quantise.grid = "quantised", "Q4_0"
+  c.train.steps = c.train.checkpoint_every = 4
+  c.export.dir, c.export.format, c.export.embedding = str(tmp_path / "out"), "gguf", "F32"
+  c = config.resolve(c)
+  record(c, tmp_path / "records")
+  with Workdir(tmp_path / "run", c) as workdir:
+    train(c, workdir)
+    made = export.run(c, workdir)
+  file = tmp_path / "out/model-Q4_0.gguf"
+  assert made["bytes"] == file.stat().st_size and "kl_to_float" not in made
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  of_run, of_file = (
+    loading.open_source(config.StudentOptions(source=source)).load(mesh, jax.random.key(0)).model
+    for source in (f"run:{tmp_path / 'run'}", str(file))
+  )
+  jax.tree.map(np.testing.assert_array_equal, of_run, of_file)
