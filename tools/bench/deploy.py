@@ -280,7 +280,8 @@ def predictions(runtime: LlamaCpp, folder: Path, tokens: list[int]) -> np.ndarra
   if path.suffix == ".gguf":
     return runtime.logprobs(path, tokens)
   source = loading.open_source(ModelOptions(source=str(folder)))
-  return log_probs(source, source.load(sharding.mesh_in_use(), runs.keys(0)[STUDENT]).model, tokens)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return log_probs(source, source.load(mesh, runs.keys(0)[STUDENT]).model, tokens)
 
 
 def by_format(d: Deployment) -> dict[str, dict]:
