@@ -75,14 +75,13 @@ def of_sentencepiece(raw: bytes) -> Words:
   """
   with extras.needed("train"):
     import sentencepiece
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-  proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
   try:
-    proto.ParseFromString(raw)
-  except DecodeError as e:
+    loaded = sentencepiece.SentencePieceProcessor(model_proto=raw)
+  except RuntimeError as e:
     raise InputError(f"tokenizer.model is damaged ({e}). Download the file again.") from e
+  proto: Any = sentencepiece_model_pb2.ModelProto.FromString(raw)  # type: ignore[attr-defined]
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   if trainer.model_type != BPE:
     raise unsupported("is a sentencepiece model other than BPE")
@@ -100,7 +99,6 @@ def of_sentencepiece(raw: bytes) -> Words:
     "add_space_prefix": normalizer.add_dummy_prefix,
   }
   tokens = dict(enumerate(zip(texts, kinds, strict=True)))
-  loaded = sentencepiece.SentencePieceProcessor(model_proto=raw)
   roles = {
     "bos": loaded.bos_id(),
     "eos": loaded.eos_id(),

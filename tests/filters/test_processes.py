@@ -23,7 +23,8 @@ from distill_jax.runtime import files
 from distill_jax.runtime.workdir import Workdir
 
 FILES, PROMPTS = 6, 30
-# A filter that notes its process, waits, and kills its process at a text if a file does not exist.
+# A filter that notes its process, waits until `together` processes have done so, then some time, and
+# kills its process at a text if a file does not exist.
 FILTER = """
 import dataclasses, os, time
 from pathlib import Path
@@ -34,9 +35,14 @@ class Filter(SampleFilter):
   folder: str = ""
   seconds: float = 0.0
   at: str = ""
+  together: int = 0
 
   def reject_reason(self, sample):
     (Path(self.folder) / f"pid-{os.getpid()}").touch()
+    for _ in range(600):
+      if len(list(Path(self.folder).glob("pid-*"))) >= self.together:
+        break
+      time.sleep(0.1)
     time.sleep(self.seconds)
     if self.at and sample["text"] == self.at:
       (Path(self.folder) / "killed").open("a").write("x")
@@ -92,7 +98,7 @@ def processes(folder):
 
 
 def test_several_processes_write_what_one_writes(folder):
-  one, two = run(folder, "one", workers=1), run(folder, "two")
+  one, two = run(folder, "one", workers=1), run(folder, "two", together=3)
   assert one == two and 0 < one["kept"] < one["samples"] == FILES * PROMPTS
   assert outputs(folder / "one") == outputs(folder / "two") and len(outputs(folder / "two")) == 12
   assert not processes(folder)
