@@ -23,7 +23,7 @@ from distill_jax.runtime import files
 from distill_jax.runtime.workdir import Workdir
 
 FILES, PROMPTS = 6, 30
-# A filter that notes its process, waits until `together` processes have done so, then some time, and
+# A filter that notes its process, awaits `together` such notes, waits some time, and
 # kills its process at a text if a file does not exist.
 FILTER = """
 import dataclasses, os, time
