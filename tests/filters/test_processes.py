@@ -125,7 +125,9 @@ def test_samples_that_kill_every_process_are_an_error_and_others_are_kept(folder
   assert not processes(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_command_leaves_no_process_and_continues(folder, number):
   (folder / "config.py").write_text(
     CONFIG.format(folder=str(folder / "filters"), samples=str(folder), notes=str(folder / "notes"))

@@ -87,7 +87,7 @@ def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expecte
 
 @pytest.mark.parametrize(
   "object_store, fault",
-  [("s3", "reset_request"), ("gcs", 503), slow("s3", 503), slow("gcs", "reset_request")],
+  [("s3", "reset_request"), slow("gcs", 503), slow("s3", 503), slow("gcs", "reset_request")],
   indirect=["object_store"],
 )
 def test_faults_in_the_middle_of_uploads(object_store, tmp_path, expected, fault):

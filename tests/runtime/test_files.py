@@ -118,6 +118,7 @@ def test_every_retry_is_reported(capsys):
   assert second == "gs://b/x cannot be read (TimeoutError). The next try is in 1.0 s."
 
 
+@pytest.mark.slow  # the same for writes, in the middle of a run: records/test_store_uploads.py
 def test_a_store_that_stays_away_is_unavailable(s3, monkeypatch):
   """gcsfs retries for half a minute by itself, so the same on GCS takes longer."""
   monkeypatch.setattr(retries, "RETRY_SECONDS", 1.0)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 import jax, jax.numpy as jnp
@@ -33,6 +35,9 @@ def run(store, tmp_path, verb):
   return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.parametrize(
+  "object_store", ["s3", pytest.param("gcs", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_checkpoint_is_saved_and_restored_by_another_machine(object_store, tmp_path):
   saved = run(object_store, tmp_path, "save")
   assert saved.returncode == 0, saved.stderr
