@@ -9,6 +9,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import rounded_choice
 
 from distill_jax.deployment import mixed_precision, rounding
 from distill_jax.deployment.calibration import Calibration
@@ -190,12 +191,7 @@ def test_mixed_widths_are_among_the_best_of_their_size(tmp_path):
 
   def measured(choice):
     nonlocal model
-    before = {}
-    for name, width in choice.items():
-      model, before[name] = rounding.round_tensor(model, tensors[name], Width(width))
-    kl = calibration.loss(model).kl
-    for name, x in before.items():
-      model = rounding.put_back(model, tensors[name], x)
+    model, kl = rounded_choice.measured(model, calibration, tensors, choice)
     return kl
 
   choice = mixed_precision.choose(options, budget)
@@ -262,7 +258,7 @@ def test_the_sizes_are_those_of_the_file():
 
 
 def test_weights_that_stay_float32_in_the_file_are_no_candidates():
-  """Those are DeepSeek's latents, whose width does not depend on that of the others."""
+  """The width of DeepSeek's latents does not depend on that of the other tensors."""
   c = dataclasses.replace(
     deepseek_v3.TINY, q_lora_rank=32, kv_lora_rank=32, v_head_dim=8, moe_intermediate_size=32
   )

@@ -4,11 +4,11 @@ import importlib.util
 
 import jax
 import pytest
+import rounded_choice
 
 from distill_jax import config
-from distill_jax.deployment import calibration, mixed_precision, rounding
+from distill_jax.deployment import calibration, mixed_precision
 from distill_jax.deployment.calibration import Calibration
-from distill_jax.deployment.rounding import Width
 from distill_jax.hub.gguf_tensors import Numbers
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
@@ -42,12 +42,7 @@ def test_chosen_widths_are_better_than_others_of_their_size(tmp_path):
 
   def measured(choice):
     nonlocal model
-    before = {}
-    for name, width in choice.items():
-      model, before[name] = rounding.round_tensor(model, tensors[name], Width(width))
-    kl = on_text.loss(model).kl
-    for name, x in before.items():
-      model = rounding.put_back(model, tensors[name], x)
+    model, kl = rounded_choice.measured(model, on_text, tensors, choice)
     return kl
 
   for half, wide in halves.items():

@@ -4,6 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from read_weights import check_values_and_slices
 from tiny_checkpoints import CONFIG, tensors, write_folder
 
 from distill_jax.errors import InputError
@@ -73,14 +74,7 @@ def test_the_values_and_any_slice_of_them(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(compressed, "ROWS", 3)  # several blocks, the last of them smaller
   stored, true = quantised(*kind)
   weights = open_model(str(folder_of(tmp_path, stored, scheme(*kind)))).weights
-  assert weights.names() == true.keys()
-  rng = np.random.default_rng(1)
-  for name, x in true.items():
-    assert weights.shape(name) == x.shape and weights.dtype(name) == np.float32
-    np.testing.assert_array_equal(weights.read(name), x)
-    for _ in range(4):
-      at = tuple(slice(*sorted(rng.integers(0, n + 1, 2))) for n in x.shape)
-      np.testing.assert_array_equal(weights.read(name, at), x[at])
+  check_values_and_slices(weights, true)
 
 
 def test_a_model_has_the_dequantised_values(tmp_path):

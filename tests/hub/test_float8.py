@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import parity
 import pytest
+from read_weights import check_values_and_slices
 from tiny_checkpoints import CONFIG, tensors, write_folder
 
 from distill_jax.errors import InputError
@@ -48,14 +49,7 @@ def folder_of(path, stored, **quantization):
 def test_the_values_and_any_slice_of_them(tmp_path):
   stored, true = quantised()
   weights = open_model(str(folder_of(tmp_path, stored))).weights
-  assert weights.names() == true.keys()
-  rng = np.random.default_rng(1)
-  for name, x in true.items():
-    assert weights.shape(name) == x.shape and weights.dtype(name) == np.float32
-    np.testing.assert_array_equal(weights.read(name), x)
-    for _ in range(4):
-      at = tuple(slice(*sorted(rng.integers(0, n + 1, 2))) for n in x.shape)
-      np.testing.assert_array_equal(weights.read(name, at), x[at])
+  check_values_and_slices(weights, true)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)])
