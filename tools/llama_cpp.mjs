@@ -1,8 +1,8 @@
-// Answers one request of tools/llama_cpp.py with llama.cpp.
+// Handles one request of tools/llama_cpp.py with llama.cpp.
 //
 //   node llama_cpp.mjs FOLDER OUT < REQUEST
 //
-// FOLDER is where node-llama-cpp is installed. REQUEST is JSON; the answer is OUT/answer.json, and
+// FOLDER is where node-llama-cpp is installed. REQUEST is JSON; the response is OUT/response.json, and
 // the file OUT/logprobs for log-probabilities.
 
 import fs from "node:fs";
@@ -107,6 +107,6 @@ const model = await llama.loadModel({
   modelPath: request.path,
   vocabOnly: request.action === "vocabulary",
 });
-const answer = await actions[request.action](model);
-fs.writeFileSync(path.join(out, "answer.json"), JSON.stringify(answer));
+const response = await actions[request.action](model);
+fs.writeFileSync(path.join(out, "response.json"), JSON.stringify(response));
 process.exit(0);  // Without it, the threads of the runtime end seconds later.

@@ -98,8 +98,8 @@ class LlamaCpp:
       texts: The texts to tokenize.
       special: Whether the names of control tokens in a text become these tokens.
     """
-    answer = self._call("vocabulary", path, texts=list(texts), special=special)
-    return Vocabulary(**{key: answer.get(key) for key in Vocabulary._fields})
+    response = self._call("vocabulary", path, texts=list(texts), special=special)
+    return Vocabulary(**{key: response.get(key) for key in Vocabulary._fields})
 
   def tokenize(self, path: str | os.PathLike, text: str) -> list[int]:
     """Returns the ids of a text, without a bos token; `vocabulary` tokenizes several at once."""
@@ -112,18 +112,12 @@ class LlamaCpp:
     an absolute error of 1e-6 more than the logits, and is -inf below about -103.
     """
     with tempfile.TemporaryDirectory() as out:
-      shape = self._answer(out, "logprobs", path, tokens=[int(t) for t in tokens])
+      shape = self._request(out, "logprobs", path, tokens=[int(t) for t in tokens])
       return np.fromfile(Path(out, "logprobs"), np.float32).reshape(shape["rows"], shape["size"])
 
   def greedy(self, path: str | os.PathLike, tokens: Sequence[int], n: int) -> list[int]:
     """Returns the `n` most probable tokens after `tokens`; an eos token does not end them."""
     return self._call("greedy", path, tokens=[int(t) for t in tokens], n=n)
-
-  def speed(
-    self, path: str | os.PathLike, prompt: Sequence[int], new: int, rounds: int = 3
-  ) -> float:
-    """Returns the tokens per second at which a sequence is generated; see `generation`."""
-    return self.generation(path, prompt, new, rounds).tokens_per_second
 
   def generation(
     self, path: str | os.PathLike, prompt: Sequence[int], new: int, rounds: int = 3
@@ -135,8 +129,8 @@ class LlamaCpp:
     prompt is in it.
     """
     tokens = [int(t) for t in prompt]
-    answer = self._call("speed", path, tokens=tokens, n=new, rounds=rounds)
-    return Generation((new - 1) / min(answer["seconds"]), answer["memory"])
+    response = self._call("speed", path, tokens=tokens, n=new, rounds=rounds)
+    return Generation((new - 1) / min(response["seconds"]), response["memory"])
 
   @property
   def version(self) -> str:
@@ -146,18 +140,18 @@ class LlamaCpp:
 
   def _call(self, action: str, path: str | os.PathLike, **options: Any) -> Any:
     with tempfile.TemporaryDirectory() as out:
-      return self._answer(out, action, path, **options)
+      return self._request(out, action, path, **options)
 
-  def _answer(self, out: str, action: str, path: str | os.PathLike, **options: Any) -> Any:
-    request = {"action": action, "path": str(Path(path).resolve()), **options}
-    request |= {"threads": self.threads, "cache": self.cache}
+  def _request(self, out: str, action: str, path: str | os.PathLike, **options: Any) -> Any:
+    content = {"action": action, "path": str(Path(path).resolve()), **options}
+    content |= {"threads": self.threads, "cache": self.cache}
     done = subprocess.run(
       ["node", str(SCRIPT), os.environ[VARIABLE], out],
-      input=json.dumps(request),
+      input=json.dumps(content),
       capture_output=True,
       text=True,
       timeout=TIMEOUT,
     )
     if done.returncode:
       raise RuntimeError(f"llama.cpp failed on {path}:\n{done.stderr[-4000:]}")
-    return json.loads(Path(out, "answer.json").read_bytes())
+    return json.loads(Path(out, "response.json").read_bytes())

@@ -5,10 +5,10 @@
 The problems, the teacher, its answers and its records are made once, and the start of the students
 once for each of three seeds. Each target is then trained with seed 0 and the learning rate in the
 config, and with the next ones of RATES until both neighbours of the best rate have been tried. The
-best rate has the highest pass@1 on 160 validation problems, on which no student is trained. All
-seeds are trained with it and measured on the 160 held-out problems: the student gives 4 answers to
-each (2 to each validation problem), for pass@1 and maj@4, and KL(student || teacher) is computed on
-one more text of the student for each problem, sampled at temperature 1.
+best rate is the one with the highest pass@1 on 160 validation problems, which are not used for
+training. All seeds are trained with it and measured on the 160 held-out problems: the student
+generates 4 answers to each (2 to each validation problem), for pass@1 and maj@4. KL(student ||
+teacher) is computed on one more text of the student for each problem, sampled at temperature 1.
 
 Each finished training and each finished measurement appends one line to results.jsonl and is not
 repeated. So the command can be stopped at any time, and continues when it is run again; an

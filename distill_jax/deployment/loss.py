@@ -41,7 +41,7 @@ def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject
     InputError: the text cannot be read, or does not fit the student.
   """
   if config.tasks or not isinstance(run.student.config, DecoderConfig):
-    _say(
+    _print(
       f"The loss by rounding to {width.numbers} is measured for decoders of text only. Compare the "
       "export with the run by `evaluate`."
     )
@@ -70,13 +70,13 @@ def load(config: Config, run: Run, text: Text, mesh: Mesh) -> tuple[Model, Calib
 def report(calibrated: Calibration, rounded: Model, text: Text, what: str) -> JsonObject:
   """Returns the loss of a model for the summary, and prints it."""
   loss = calibrated.loss(rounded)
-  _say(
+  _print(
     f"{what} costs {loss.kl:.3g} nats per token of KL to the float student; the cross-entropy "
     f"changes by {loss.increase:+.3g} (on {text.labels:,} tokens of data)."
   )
   return dict(zip(KEYS, (*loss, text.labels), strict=True))
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
   if distributed.is_process_0():
     print(line, file=sys.stderr, flush=True)

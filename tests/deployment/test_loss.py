@@ -46,8 +46,8 @@ def test_the_loss_on_a_mesh_is_that_on_one_device(tiny_run, run, tmp_path, capsy
   kl, increase = alone.loss(rounding.round_model(model, widths, Width("Q8_0")))
   assert found["kl_to_float"] == pytest.approx(kl, rel=1e-4)  # sums in another order
   assert found["loss_increase"] == pytest.approx(increase, abs=1e-6)
-  said = capsys.readouterr().err
-  assert f"Rounding to Q4_0 costs {found['kl_to_float']:.3g} nats per token" in said
+  printed = capsys.readouterr().err
+  assert f"Rounding to Q4_0 costs {found['kl_to_float']:.3g} nats per token" in printed
 
 
 def test_text_that_is_missing_is_refused_with_what_to_do(tiny_run, run, tmp_path):

@@ -42,6 +42,6 @@ def test_smollm2():
   # Probabilities of rounding 6e-8 whose sum is 1.
   np.testing.assert_allclose(np.exp(logprobs_TV).sum(-1), 1, atol=1e-6)
   assert logprobs_TV[len(tokens) - 1 :].argmax(-1).tolist() == text
-  assert runtime.speed(path, tokens, 4, rounds=1) > 0
+  assert runtime.generation(path, tokens, 4, rounds=1).tokens_per_second > 0
   with pytest.raises(RuntimeError, match="llama.cpp failed on"):
     runtime.tokenize("no_such.gguf", TEXT)
