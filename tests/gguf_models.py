@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from distill_jax import registry
-from distill_jax.hub import gguf_export
+from distill_jax.hub import formats, gguf_export
 from distill_jax.hub.gguf_tensors import Numbers
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import _rope
@@ -112,9 +112,9 @@ def tokenizer() -> TokenizerFiles:
 
 def export(made, folder: Path, quant: str = "F32", embedding: str = "", **options) -> Path:
   """Writes a model; returns the file."""
-  kept = ("widths", "grid", "group")
+  kept = ("widths", "trained")
   more = {key: options.pop(key) for key in kept if key in options}
-  numbers = Numbers(quant, embedding or gguf_export.default_embedding(quant), **more)
+  numbers = Numbers(quant, embedding or formats.default_embedding(quant), **more)
   target = folder / f"out-{quant}"
   given = {"tokenizer": tokenizer(), "generation": {"eos_token_id": 1}, "card": "# card\n"}
   gguf_export.export_gguf(made, target, numbers=numbers, **given | options)

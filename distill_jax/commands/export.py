@@ -141,8 +141,8 @@ def _gguf_writer(
   from distill_jax.hub.gguf_tensors import Numbers
 
   common |= {"extra": {}}  # the files of a task are for transformers
-  student, grid = trained.student, config.student.quantise
-  numbers = Numbers(form.quant, form.embedding, grid=grid.grid, group=grid.group)
+  student = trained.student
+  numbers = Numbers(form.quant, form.embedding, trained=config.student.quantise)
   # What llama.cpp lacks is refused before anything is measured.
   gguf_export.gguf_files(student.abstract, common["tokenizer"], student.generation, numbers)
   if config.export.target_bytes:

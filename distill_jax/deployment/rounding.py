@@ -8,7 +8,6 @@ for each shape and width, not for each tensor.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -66,14 +65,14 @@ def round_model(model: Model, widths: Mapping[LayerTensor, Width], table: Width)
     model, _ = round_tensor(model, tensor, width)
   tables = {p: v for p, v in params.named_params(model) if "vocab" in v.get_metadata()["axes"]}
   return params.replace(
-    model, {p: _whole(table, v[...].sharding, _inputs_last(v))(v[...]) for p, v in tables.items()}
+    model, {p: _whole(table, v[...].sharding, _axes(v))(v[...]) for p, v in tables.items()}
   )
 
 
 def round_tensor(model: Model, tensor: LayerTensor, width: Width) -> tuple[Model, jax.Array]:
   """Returns the model with one rounded tensor, and that tensor before. The parameter is donated."""
   v = dict(params.named_params(model))[tensor.path]
-  rounded = _one_layer(width, v[...].sharding, _inputs_last(v))
+  rounded = _one_layer(width, v[...].sharding, _axes(v))
   stack, before = rounded(v[...], tensor.layer)
   return params.replace(model, {tensor.path: stack}), before
 
@@ -85,41 +84,35 @@ def put_back(model: Model, tensor: LayerTensor, before: jax.Array) -> Model:
   return params.replace(model, {tensor.path: stack})
 
 
-class InputsLast(NamedTuple):
-  """The order of a tensor's axes with those of inputs at the end.
+class Axes(NamedTuple):
+  """The names of the axes of a tensor of one layer.
 
   Attributes:
-    order: the order of the axes.
-    outputs: the number of axes that are not of inputs.
+    names: all of them.
+    out: those of its outputs.
   """
 
-  order: tuple[int, ...]
-  outputs: int
+  names: tuple[str, ...]
+  out: tuple[str, ...]
 
 
-def _inputs_last(v: nnx.Variable) -> InputsLast:
-  """Returns the order of the axes of a parameter, without that of layers."""
+def _axes(v: nnx.Variable) -> Axes:
+  """Returns the axes of a parameter, without that of layers."""
   meta = v.get_metadata()
-  axes = [a for a in meta["axes"] if a not in STACKED]
-  first = [i for i, a in enumerate(axes) if a in quantise.LOOPS or a in meta["out"]]
-  last = [i for i in range(len(axes)) if i not in first]
-  return InputsLast((*first, *last), len(first))
+  return Axes(tuple(a for a in meta["axes"] if a not in STACKED), tuple(meta["out"]))
 
 
-def stored(x: jax.Array, width: Width, axes: InputsLast) -> jax.Array:
+def stored(x: jax.Array, width: Width, axes: Axes) -> jax.Array:
   """Returns the values of a tensor after it was stored at a width, in float32."""
   if width.numbers in FLOATS:
     # Without the barrier, the compiler may remove the two casts.
     return jax.lax.optimization_barrier(x.astype(FLOATS[width.numbers])).astype(jnp.float32)
-  y = jnp.transpose(x, axes.order)
-  rows = y.reshape(*y.shape[: axes.outputs], math.prod(y.shape[axes.outputs :]))
-  y = grids.on_grid(rows, *width).reshape(y.shape)
-  return jnp.transpose(y, sorted(range(y.ndim), key=axes.order.__getitem__))
+  return quantise.on_rows(x, *axes, lambda rows: grids.on_grid(rows, *width))
 
 
 @functools.cache
 def _one_layer(
-  width: Width, sharding: Sharding, axes: InputsLast
+  width: Width, sharding: Sharding, axes: Axes
 ) -> Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]:
   """Returns the program of `round_tensor`."""
 
@@ -138,5 +131,5 @@ def _set_layer(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.
 
 
 @functools.cache
-def _whole(width: Width, sharding: Sharding, axes: InputsLast) -> Callable[[jax.Array], jax.Array]:
+def _whole(width: Width, sharding: Sharding, axes: Axes) -> Callable[[jax.Array], jax.Array]:
   return jax.jit(functools.partial(stored, width=width, axes=axes), out_shardings=sharding)

@@ -18,6 +18,7 @@ from distill_jax.hub.tensors import (
   InMemory,
   Shard,
   Tensor,
+  in_files,
   tensors_of,
 )
 from distill_jax.hub.tokenizer import TokenizerFiles
@@ -127,14 +128,7 @@ def safetensors_shards(tensors: Iterable[Typed], limit: int) -> tuple[list[Shard
   Returns:
     (the files, the contents of their index).
   """
-  groups: list[list[Typed]] = [[]]
-  size = 0
-  for t in tensors:
-    if groups[-1] and size + t.nbytes > limit:
-      groups.append([])
-      size = 0
-    groups[-1].append(t)
-    size += t.nbytes
+  groups = in_files(tensors, limit)
   name = f"model-{{:05d}}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
   shards = [
     Shard(name.format(i), tuple(group), safetensors_header(group))

@@ -64,8 +64,13 @@ def choose(options: ExportOptions, trained: QuantiseOptions) -> Format:
   if options.format == "hf":
     table = OF_DTYPE[float_dtype(options.dtype).name]
   else:
-    table = "Q8_0" if quant in grids.GGUF or options.target_bytes else quant
+    table = "Q8_0" if options.target_bytes else default_embedding(quant)
   return Format(options.format, quant, group, options.embedding or table, rounds)
+
+
+def default_embedding(quant: str) -> str:
+  """Returns the type of the embedding table and the head for that of the linear weights."""
+  return "Q8_0" if quant in grids.GGUF else quant
 
 
 def _check_gguf(options: ExportOptions) -> None:

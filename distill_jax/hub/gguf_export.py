@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,11 @@ from distill_jax.hub.export import content_of
 from distill_jax.hub.gguf_architectures import Architecture, architecture
 from distill_jax.hub.gguf_file import CONFIG
 from distill_jax.hub.gguf_tensors import ALIGNMENT, QUANTS, GGUFTensor, Numbers, gguf_tensors
-from distill_jax.hub.gguf_vocabulary import vocabulary
-from distill_jax.hub.tensors import Shard, tensors_of
+from distill_jax.hub.gguf_vocabulary import differences, vocabulary
+from distill_jax.hub.tensors import Shard, in_files, tensors_of
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import hf_json
-from distill_jax.runtime import extras
+from distill_jax.runtime import distributed, extras
 from distill_jax.runtime.saved_arrays import SavedArrays
 from distill_jax.types import JsonObject, Model
 
@@ -65,6 +66,8 @@ def export_gguf(
 ) -> None:
   """Writes a folder with a GGUF file that llama.cpp can load, and a model card.
 
+  What llama.cpp does differently with the tokenizer is printed to stderr.
+
   See export_folder.py for what an interruption leaves. With `saved`, each part of 64 MB is read
   from the checkpoint, encoded and written; no model is in memory.
 
@@ -86,6 +89,9 @@ def export_gguf(
     Unavailable: The store does not answer.
   """
   shards = gguf_files(model, tokenizer, generation, numbers, split_bytes)
+  if tokenizer is not None and distributed.is_process_0():
+    for difference in differences(tokenizer):
+      print(difference, file=sys.stderr)
   texts = {name: hf_json(value) for name, value in (extra or {}).items()}
   texts["README.md"] = card.encode()
   export_folder.write(target, content_of(model, shards, texts, saved))
@@ -138,23 +144,11 @@ def plan(model: Model, numbers: Numbers) -> tuple[Architecture, list[GGUFTensor]
   return arch, tensors
 
 
-def default_embedding(quant: str) -> str:
-  """Returns the type of the embedding table and the head for that of the linear weights."""
-  return "Q8_0" if quant in ("Q8_0", "Q4_0") else quant
-
-
 def _shards(
   tensors: Sequence[GGUFTensor], arch: str, metadata: Sequence[Entry], quant: str, limit: int
 ) -> list[Shard]:
   """Returns the files; the first has the metadata."""
-  groups: list[list[GGUFTensor]] = [[]]
-  size = 0
-  for t in tensors:
-    if groups[-1] and size + t.nbytes > limit:
-      groups.append([])
-      size = 0
-    groups[-1].append(t)
-    size += t.nbytes
+  groups = in_files(tensors, limit)
   if len(groups) == 1:
     return [Shard(f"model-{quant}.gguf", tuple(tensors), _header(arch, metadata, tensors))]
   shards = []

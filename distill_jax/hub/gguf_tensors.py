@@ -16,13 +16,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from distill_jax.errors import InputError, bad_value
+from distill_jax.hub import rounding
 from distill_jax.hub.gguf_architectures import Architecture
 from distill_jax.hub.tensors import Constant, Encoded, FileTensor, Finish, Source, Tensor
-from distill_jax.nn import grids
+from distill_jax.nn.quantise import UNROUNDED, QuantiseOptions
 from distill_jax.runtime import extras
 from distill_jax.runtime.saved_arrays import Sums
 
@@ -81,15 +81,13 @@ class Numbers:
     quant: the type of the linear weights of layers.
     embedding: the type of the embedding table and of the head.
     widths: the types of single linear weights, by their names in the GGUF file.
-    grid: the grid on which the linear weights were trained; "": none.
-    group: the number of inputs that share a scale on this grid.
+    trained: the grid on which the linear weights were trained.
   """
 
   quant: str
   embedding: str
   widths: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  grid: str = ""
-  group: int = 0
+  trained: QuantiseOptions = UNROUNDED
 
 
 def encode(x: np.ndarray, quant: str, name: str) -> np.ndarray:
@@ -175,7 +173,7 @@ def _gguf_tensor(
   if re.search(r"\.attn_[qk]\.", name) and arch.interleaved:
     change = functools.partial(_interleave, width=int(arch.metadata["attention.key_length"]))
   quant = numbers.widths.get(name, numbers.quant)
-  return _tensor(name, quant, shape, "linear", group, [_on_grid(quant, numbers), change])
+  return _tensor(name, quant, shape, "linear", group, [_on_grid(name, quant, numbers), change])
 
 
 def _latent_heads(
@@ -189,12 +187,12 @@ def _latent_heads(
   """
   (u, w), rank = widths, tensor.shape[1]
   heads = tensor.shape[0] // (u + w)
-  quant = "F32" if numbers.grid or _block(numbers.quant)[0] > 1 else numbers.quant
+  quant = "F32" if numbers.trained.grid or _block(numbers.quant)[0] > 1 else numbers.quant
   keys: Change = functools.partial(_keys, widths=widths)
   values: Change = functools.partial(_values, widths=widths)
   k, v = (name.replace("attn_kv_b", f"attn_{kind}_b") for kind in "kv")
   of = functools.partial(_tensor, quant=quant, role="exact", group=[tensor])
-  on_grid = _on_grid(quant, numbers)
+  on_grid = _on_grid(name, quant, numbers)
   return [
     of(k, shape=(heads, rank, u), changes=[on_grid, keys]),
     of(v, shape=(heads, w, rank), changes=[on_grid, values], readers=1),
@@ -231,14 +229,11 @@ def _same(x: np.ndarray) -> np.ndarray:
   return x
 
 
-def _on_grid(quant: str, numbers: Numbers) -> Change:
+def _on_grid(name: str, quant: str, numbers: Numbers) -> Change:
   """Returns the function that rounds rows to the grid of training, unless `quant` is that grid."""
-  if numbers.grid in ("", quant):
+  if numbers.trained.grid in ("", quant):
     return _same
-  return lambda x: np.asarray(_rounded(x, numbers.grid, numbers.group))
-
-
-_rounded = jax.jit(grids.on_grid, static_argnums=(1, 2))
+  return functools.partial(rounding.on_grid, name, spec=numbers.trained)
 
 
 def _norm(x: np.ndarray, offset: float, factor: float) -> np.ndarray:

@@ -8,7 +8,7 @@ bytes a token and a merge, 80 MB for the 262,144 tokens of Gemma 3.
 
 from __future__ import annotations
 
-import sys
+import functools
 from typing import Any
 
 from distill_jax.errors import InputError
@@ -46,7 +46,7 @@ ENDS = {
 def vocabulary(
   tokenizer: TokenizerFiles, config: JsonObject, generation: JsonObject
 ) -> list[Entry]:
-  """Returns the metadata of a tokenizer. Known differences of llama.cpp are printed to stderr.
+  """Returns the metadata of a tokenizer.
 
   Rows of the embedding table without a token get the type "unused".
 
@@ -59,20 +59,9 @@ def vocabulary(
     InputError: llama.cpp cannot reproduce the tokenizer, it is damaged, it has more tokens than the
       embedding table has rows, or it lacks a token that ends a text.
   """
-  if tokenizer.json is None:
-    words = gguf_pieces.of_sentencepiece(tokenizer.sentencepiece or b"")
-  else:
-    parsed = parse_hf_json(tokenizer.json.encode(), "tokenizer.json")
-    try:
-      words = gguf_pieces.of_json(parsed) if gguf_pieces.is_metaspace(parsed) else _words(parsed)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-      if isinstance(e, InputError):
-        raise
-      raise InputError(f"tokenizer.json is damaged ({e!r}). Download the file again.") from e
+  words = _words_of(tokenizer.json, tokenizer.sentencepiece)
   rows = config["vocab_size"]
   check_vocabulary(max(words.tokens) + 1, rows)
-  for note in words.notes:
-    print(f"llama.cpp does not reproduce the tokenizer in one respect: {note}", file=sys.stderr)
   tokens = [words.tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
   special = _special(tokenizer, {**config, **generation}, words)
   values = {
@@ -85,11 +74,33 @@ def vocabulary(
     "add_eos_token": False,
   }
   if "scores" in values:
-    values["scores"] += [0.0] * (rows - len(values["scores"]))
+    values["scores"] = values["scores"] + [0.0] * (rows - len(values["scores"]))
   entries = [(f"tokenizer.ggml.{key}", value) for key, value in values.items()]
   if template := tokenizer.chat_template:
     entries.append(("tokenizer.chat_template", template))
   return entries
+
+
+def differences(tokenizer: TokenizerFiles) -> list[str]:
+  """Returns what llama.cpp does differently with an accepted tokenizer, one sentence each."""
+  words = _words_of(tokenizer.json, tokenizer.sentencepiece)
+  return [
+    f"llama.cpp does not reproduce the tokenizer in one respect: {note}" for note in words.notes
+  ]
+
+
+@functools.lru_cache(maxsize=1)  # of an export, which needs the vocabulary several times
+def _words_of(text: str | None, sentencepiece: bytes | None) -> Words:
+  """Returns the words of a tokenizer.json or else of a sentencepiece model."""
+  if text is None:
+    return gguf_pieces.of_sentencepiece(sentencepiece or b"")
+  parsed = parse_hf_json(text.encode(), "tokenizer.json")
+  try:
+    return gguf_pieces.of_json(parsed) if gguf_pieces.is_metaspace(parsed) else _words(parsed)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    if isinstance(e, InputError):
+      raise
+    raise InputError(f"tokenizer.json is damaged ({e!r}). Download the file again.") from e
 
 
 def _words(parsed: JsonObject) -> Words:

@@ -16,7 +16,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -280,6 +280,27 @@ def parts(source: Source, tensors: Iterable[FileTensor], sums: Sums) -> Iterator
         yield started.popleft()()
   while started:
     yield started.popleft()()
+
+
+FileTensorT = TypeVar("FileTensorT", bound=FileTensor)
+
+
+def in_files(tensors: Iterable[FileTensorT], limit: int) -> list[list[FileTensorT]]:
+  """Returns the tensors of each file, in order.
+
+  Args:
+    tensors: the tensors.
+    limit: the maximum size of the tensors of a file, unless one is larger.
+  """
+  files: list[list[FileTensorT]] = [[]]
+  size = 0
+  for t in tensors:
+    if files[-1] and size + t.nbytes > limit:
+      files.append([])
+      size = 0
+    files[-1].append(t)
+    size += t.nbytes
+  return files
 
 
 @dataclasses.dataclass(frozen=True)

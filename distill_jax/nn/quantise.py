@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,13 +76,27 @@ def rounded(v: nnx.Variable, spec: QuantiseOptions) -> nnx.Variable:
   if not spec.grid or not is_quantised(v):
     return v
   axes, out = v.get_metadata()["axes"], v.get_metadata()["out"]
+  x = v[...].astype(jnp.float32)
+  return v.replace(on_rows(x, axes, out, lambda y: _straight_through(y, spec.grid, spec.group)))
+
+
+def on_rows(
+  x: jax.Array, axes: Sequence[str], out: Sequence[str], change: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """Returns a linear weight, in its own shape, whose rows are changed.
+
+  Args:
+    x: the weight.
+    axes: the names of its axes.
+    out: those of its outputs.
+    change: a function of rows [..., inputs], which keeps their shape.
+  """
   first = [i for i, a in enumerate(axes) if a in LOOPS or a in out]
   last = [i for i, a in enumerate(axes) if i not in first]
-  x = v[...].astype(jnp.float32)
-  rows = jnp.transpose(x, first + last).reshape(*(x.shape[i] for i in first), inputs(v))
-  stored = _straight_through(rows, spec.grid, spec.group)
+  y = jnp.transpose(x, first + last)
+  rows = y.reshape(*y.shape[: len(first)], math.prod(y.shape[len(first) :]))
   back = sorted(range(x.ndim), key=(first + last).__getitem__)
-  return v.replace(jnp.transpose(stored.reshape([x.shape[i] for i in first + last]), back))
+  return jnp.transpose(change(rows).reshape(y.shape), back)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -79,6 +79,7 @@ def test_in_a_gguf_file(rows, model, tmp_path, monkeypatch):
     checkpoint.save(saves, 1, {"params": model, "step": np.int32(1)}, {})
   monkeypatch.setattr(tensors, "PART_BYTES", 1500)  # several parts, some without rows
   monkeypatch.setattr(gguf_export, "vocabulary", lambda *_: [])
+  monkeypatch.setattr(gguf_export, "differences", lambda *_: [])
   numbers = Numbers("Q8_0", "Q8_0")
   write = functools.partial(
     gguf_export.export_gguf, tokenizer="files", generation={}, card="", numbers=numbers

@@ -1,6 +1,7 @@
 """GGUF files: read back by the gguf package, streamed, split, and what is refused."""
 
 import itertools
+import json
 
 import gguf
 import gguf_models
@@ -15,8 +16,10 @@ from distill_jax.hub.gguf_file import GGUFFile
 from distill_jax.hub.gguf_tensors import Numbers, encode
 from distill_jax.hub.pretrained import open_model
 from distill_jax.hub.tensors import InMemory, tensors_of
+from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import _rope, llama
 from distill_jax.nn import grids
+from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import checkpoint, saved_arrays
 
 CASES = ("llama", "qwen3_moe", "gemma3", "deepseek")
@@ -42,7 +45,7 @@ def models():
 
 
 def test_a_llama_is_read_back_exactly(models, tmp_path):
-  """By the reader of files of llama.cpp's converter, which have no config of this project."""
+  """The file is read like one of llama.cpp's converter, which has no config of this project."""
   path = gguf_models.export(models["llama"], tmp_path)
   key = gguf_file.CONFIG.encode()
   path.write_bytes(path.read_bytes().replace(key, key[::-1]))
@@ -52,6 +55,13 @@ def test_a_llama_is_read_back_exactly(models, tmp_path):
     np.testing.assert_array_equal(file.read(name), x, err_msg=name)
   assert llama.Config.from_hf(file.config()) == models["llama"].config
   assert (tmp_path / "out-F32/README.md").read_text() == "# card\n"
+
+
+def test_an_export_prints_what_llama_cpp_does_differently(models, tmp_path, capsys):
+  parsed = json.loads(gguf_models.tokenizer().json) | {"normalizer": {"type": "NFC"}}
+  composing = TokenizerFiles(json.dumps(parsed), None, {})
+  gguf_models.export(models["llama"], tmp_path, tokenizer=composing)
+  assert capsys.readouterr().err.count("it does not compose characters") == 1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +96,7 @@ def test_the_integers_of_training_are_in_the_file(quant, models, tmp_path):
     ("qwen3_moe", "ffn_down_exps.weight", [f"mlp.experts.{i}.down_proj" for i in range(8)]),
   ):
     (folder := tmp_path / name).mkdir()
-    path = gguf_models.export(models[case], folder, quant, grid=quant)
+    path = gguf_models.export(models[case], folder, quant, trained=QuantiseOptions(quant))
     found = read(path)[1][f"blk.1.{name}"]
     want = np.stack([stored(models[case])[f"model.layers.1.{part}.weight"] for part in parts])
     if name == "attn_k.weight":  # element i of a half of a head becomes element 2 i or 2 i + 1
@@ -103,7 +113,9 @@ def test_the_integers_of_training_are_in_the_file(quant, models, tmp_path):
 
 def test_another_grid_of_training_comes_first(models):
   """A student that was trained on int4 has its trained numbers, in float16."""
-  _, planned = gguf_export.plan(models["llama"], Numbers("F16", "F16", grid="int4", group=32))
+  _, planned = gguf_export.plan(
+    models["llama"], Numbers("F16", "F16", trained=QuantiseOptions("int4", 32))
+  )
   found = next(t for t in planned if t.name == "blk.0.ffn_up.weight")
   got = np.concatenate([part for part in tensors.parts(InMemory(), [found], {}) if part.size])
   want = stored(models["llama"])["model.layers.0.mlp.up_proj.weight"]

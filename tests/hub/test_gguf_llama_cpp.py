@@ -12,6 +12,7 @@ from distill_jax.hub import load
 from distill_jax.hub.pretrained import open_model
 from distill_jax.models import llama
 from distill_jax.nn import layers, sharding
+from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.types import Inputs
 
 pytestmark = [
@@ -65,7 +66,7 @@ def test_students_of_a_grid(case, tmp_path):
   model = gguf_models.model(case)
   full, found = logprobs(model, TOKENS), {}
   for grid in ("Q8_0", "Q4_0"):
-    path = gguf_models.export(model, tmp_path, grid, "F32", grid=grid)
+    path = gguf_models.export(model, tmp_path, grid, "F32", trained=QuantiseOptions(grid))
     trained = logprobs(loaded(open_model(str(path))), TOKENS)
     found[grid] = kl(trained, in_llama_cpp(path, TOKENS)), kl(full, trained)
   print(case, {grid: [f"{x:.1e}" for x in kls] for grid, kls in found.items()})

@@ -45,7 +45,7 @@ from distill_jax.data import corpus, sources
 from distill_jax.data.options import DataOptions
 from distill_jax.efficiency import formulas
 from distill_jax.errors import InputError
-from distill_jax.hub import gguf_export
+from distill_jax.hub import formats, gguf_export
 from distill_jax.hub.gguf_tensors import Numbers
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
@@ -89,7 +89,7 @@ def write(source: ModelSource, model, format: str, folder: Path) -> None:
 
 def numbers(format: str) -> Numbers:
   """Returns the types of the tensors of a GGUF file, as `export` chooses them."""
-  return Numbers(format, "Q8_0" if format in ROUNDED else format)
+  return Numbers(format, formats.default_embedding(format))
 
 
 def weights(folder: Path) -> list[Path]:
