@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 from distill_jax.data import image_files, sources
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import FamilyConfig
-from distill_jax.tasks._jsonl_task import JsonlTask, is_text, read_media
+from distill_jax.tasks._jsonl_task import JsonlTask, is_text, media_folder, read_media
 from distill_jax.types import JsonObject
 
 
@@ -42,7 +43,8 @@ class ImageTextTask(JsonlTask):
   heldout: str = ""
   """Path of the held-out pairs, in the format of `path`.
 
-  "" holds out a fraction `heldout_fraction` of `path`, chosen by a hash of each image's name.
+  "" holds out a fraction `heldout_fraction` of `path`, chosen by a hash of each image's path
+  relative to the folder of `path`.
   """
   size: int = 224
   """Height and width of the model's input, in pixels.
@@ -85,12 +87,13 @@ class ImageTextTask(JsonlTask):
     """
     source, bad = self.document_source(split, self.text), self.bad_examples()
     entries: list[tuple[Path, str, str]] = []
+    folder = media_folder(Path(source.path))
     for image, text, where in read_media(source, self.image, image_files.in_folder, bad):
       if not is_text(text):
         bad.reject_subject(where, "has no text")
       elif not image:
         bad.reject_subject(where, f"has no image in its field {self.image!r}")
-      elif sources.in_split(image, source):
+      elif sources.in_split(os.path.relpath(image, folder), source):
         entries.append((Path(image), text, where))
     with ThreadPoolExecutor(8) as pool:  # decoding releases the GIL
       digests = list(pool.map(self._digest, (image for image, _, _ in entries)))

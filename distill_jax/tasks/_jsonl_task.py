@@ -152,8 +152,13 @@ def read_media(
     return
   for line, where in read_objects(source, bad):
     name = line.get(field)
-    media = str(path.parent / name) if isinstance(name, str) and name else ""
+    media = str(media_folder(path) / name) if isinstance(name, str) and name else ""
     yield MediaLine(media, line.get(source.field), where)
+
+
+def media_folder(path: Path) -> Path:
+  """Returns the folder of the media files of a source's path."""
+  return path if path.is_dir() else path.parent
 
 
 def _read_text(file: Path) -> str | None:

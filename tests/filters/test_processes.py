@@ -121,7 +121,8 @@ def test_samples_that_kill_every_process_are_an_error_and_others_are_kept(folder
     InputError, match="filter.workers is 2; .*killed 3 times. Set it to a smaller"
   ):
     run(folder, "two", at="text 170")
-  assert len(list((folder / "two/verdicts").glob("*.npz"))) == FILES - 1
+  finished = {path.name for path in (folder / "two/verdicts").glob("*.npz")}
+  assert "00005.npz" not in finished and len(finished) >= FILES - 2  # the other worker ends, too
   assert not processes(folder)
 
 

@@ -47,6 +47,15 @@ def test_an_example_holds_pixels_and_tokens(c):
   assert tokenizer.decode(ids) == "sha~"
 
 
+def test_the_split_is_the_same_in_every_folder(c, tmp_path):
+  """Names are hashed relative to the folder, so that a copy holds out the same pairs."""
+  want = rows(c, "heldout").digest
+  for name in ("b", "c", "d"):
+    (tmp_path / name).mkdir()
+    copy = configured(tmp_path / name)
+    assert rows(copy, "heldout").digest == want
+
+
 def test_a_folder_of_images_and_text_files_is_read(c, tmp_path):
   for i in range(12):
     (tmp_path / f"{i}.txt").write_text(f"shade {i}")
