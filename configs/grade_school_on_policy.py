@@ -22,7 +22,7 @@ its distributions on them. The argument of the config is the way:
 
   supervised  `train` on the kept answers
   off_policy  `train` on the teacher's distributions on them, with the forward KL divergence
-  rounds      `on_policy`: the teacher scores 128 of the student's texts every 16 steps, with the
+  rounds      `on_policy`: the teacher scores 96 of the student's texts every 12 steps, with the
               same kind of records and the same loss as off_policy
   live        `on_policy`: the teacher is in the step, with the exact reverse KL divergence on texts
               of the current student
@@ -81,7 +81,7 @@ def get_config(target: str = "teacher"):
     c.optim.peak_lr = 5e-4
   else:
     c.student.source = f"run:{ROOT}/start"
-    c.train.steps, c.optim.peak_lr = 32, RATES[target]
+    c.train.steps, c.optim.peak_lr = 24, RATES[target]
     c.train.batch_size = 8 if target in ON_POLICY else 2
   if target == "supervised":
     c.losses = {"hard": config.loss("ce")}
@@ -89,7 +89,7 @@ def get_config(target: str = "teacher"):
     c.generate.samples, c.generate.temperature, c.generate.top_p = 1, 1.0, 1.0
     c.generate.cache_len = 192
     c.train.records, c.train.chunk, c.records.batch_size = (), 96, 8
-    c.on_policy.every = 16
+    c.on_policy.every = 12
   if target == "live":
     c.train.online, c.on_policy.every, c.generate.batch_size = True, 1, 8
     c.losses.soft.divergence = "reverse_kl"

@@ -2,24 +2,24 @@
 
   nice python tools/on_policy_evidence.py runs/evidence [--targets=supervised,live]
 
-The problems, the teacher, its answers and its records are made once, and the start of the students
-once for each of three seeds. Each target is then trained with seed 0 and the learning rate in the
-config, and with the next ones of RATES until both neighbours of the best rate have been tried. The
-best rate is the one with the highest pass@1 on 160 validation problems, which are not used for
-training. All seeds are trained with it and measured on the 160 held-out problems: the student
-generates 4 answers to each (2 to each validation problem), for pass@1 and maj@4. KL(student ||
-teacher) is computed on one more text of the student for each problem, sampled at temperature 1.
+The problems, the teacher, its answers, its records and the start of the students are made once.
+Each target is then trained with seed 0 and the learning rate in the config, and with the next ones
+of RATES until both neighbours of the best rate have been tried. The best rate is the one with the
+highest pass@1 on 160 validation problems, which are not used for training. Three seeds, which
+determine the order of the answers and the sampled texts, are trained with it and measured on the
+160 held-out problems: the student generates 4 answers to each (2 to each validation problem), for
+pass@1 and maj@4. KL(student || teacher) is computed on one more text of the student for each
+problem, sampled at temperature 1.
 
 Each finished training and each finished measurement appends one line to results.jsonl and is not
 repeated. So the command can be stopped at any time, and continues when it is run again; an
-unfinished part resumes from its own files. Checkpoints that are no longer needed are removed. Those
-of the teacher, of the starts, and of one run of each target remain, about 14 GB.
+unfinished part resumes from its own files. With `--targets=` only what all targets share is made.
+After that, commands with different targets may run at the same time in one folder, e.g. each on one
+core. Checkpoints that are no longer needed are removed. Those of the teacher, of the start, and of
+one run of each target remain, about 10 GB.
 
 The docstring of the config states what is equal for all targets. `tokens` in the results is the
-number of tokens that the student is trained on. The expected time, computed from that of a step and
-not measured, is three hours on two idle cores, if three rates of each target suffice: half an hour
-until the records, 20 minutes for the starts, 80 minutes for 20 runs of the targets (2, 2, 4 and 8
-minutes each), and 50 minutes to measure.
+number of tokens that the student is trained on.
 """
 
 from __future__ import annotations
@@ -181,22 +181,15 @@ class Evidence:
     for verb, name in zip(STEPS, FOLDERS, strict=True):
       self.once(verb, "teacher", base / name)
     self.once("train", "teacher", base / "same")
-    for verb, name in zip(STEPS, FOLDERS, strict=True):
+    for verb, name in zip((*STEPS, "train"), (*FOLDERS, "start"), strict=True):
       self.once(verb, "start", root / name)
-
-  def start(self, seed: int) -> Path:
-    """Returns the folder of the start of a seed, which is trained unless it is finished."""
-    name = Path(settings().ROOT) / f"start-{seed}"
-    self.once("train", "start", name, f"--config.seed={seed}")
-    return name
 
   def train(self, target: str, rate: float, seed: int) -> dict:
     """Returns the line of a run's training, which is made unless it is finished."""
     if found := self.results.done.get((TRAINED, target, rate, seed)):
       return found
     name = Path(settings().ROOT) / f"{target}-{rate:g}-{seed}-{self.results.commit}"
-    flags = [f"--config.optim.peak_lr={rate}", f"--config.seed={seed}"]
-    flags.append(f"--config.student.source=run:{self.start(seed)}")
+    flags = f"--config.optim.peak_lr={rate}", f"--config.seed={seed}"
     self.command("on_policy" if target in settings().ON_POLICY else "train", target, name, *flags)
     about = training_of(self.folder / name)
     return self.results.write(
@@ -260,12 +253,11 @@ class Evidence:
       self.measure(what, target, rate, seed, run)
     self.remove_checkpoints(run)
 
-  def begin(self, seed: int) -> None:
-    """Measures what the students begin with: the teacher, and the start of a seed."""
-    if seed == 0:
-      self.measure(HELDOUT, "teacher", 0.0, 0, str(Path(settings().BASE) / "same"))
+  def begin(self) -> None:
+    """Measures the teacher and the start of the students."""
+    self.measure(HELDOUT, "teacher", 0.0, 0, str(Path(settings().BASE) / "same"))
     for what in (HELDOUT, OWN):
-      self.measure(what, "start", 0.0, seed, str(self.start(seed)))
+      self.measure(what, "start", 0.0, 0, str(Path(settings().ROOT) / "start"))
 
 
 def main() -> None:
@@ -279,15 +271,15 @@ def main() -> None:
   jax.config.update("jax_compilation_cache_dir", compiled)  # all commands share their programs
   evidence = Evidence(folder)
   evidence.prepare()
-  evidence.begin(0)
+  evidence.begin()
 
   def validate_first(target: str) -> None:
     evidence.validate(target, settings().RATES[target])
 
-  targets = experiments.first_look(args.targets.split(","), validate_first, evidence.log)
+  targets = [target for target in args.targets.split(",") if target]
+  targets = experiments.first_look(targets, validate_first, evidence.log)
   rates = {target: evidence.tune(target) for target in targets}
   for seed in SEEDS:
-    evidence.begin(seed)
     for target, rate in rates.items():
       evidence.final(target, rate, seed)
   print(table(evidence.results.done.values()))

@@ -71,7 +71,7 @@ def test_a_finished_command_is_not_run_again_and_an_unfinished_one_is(tmp_path, 
   first = Fake(tmp_path, 0)
   first.prepare()
   verbs = ["generate", "filter", "record"]
-  assert [verb for verb, _ in first.made] == [*verbs, "train", *verbs]
+  assert [verb for verb, _ in first.made] == [*verbs, "train"] * 2
   (tmp_path / evidence.settings().ROOT / "filtered.finished").unlink()
   (tmp_path / evidence.settings().ROOT / "filtered" / "checkpoints").rmdir()
   again = Fake(tmp_path, 0)
