@@ -9,7 +9,7 @@
   distill-jax filter    --config=$C          --workdir=$B/filtered
   distill-jax record    --config=$C          --workdir=$B/records
   distill-jax train     --config=$C          --workdir=$B/same       # the teacher, 30 layers
-  distill-jax generate  --config=$C:start    --workdir=$R/generated  # 4 answers to 640 problems
+  distill-jax generate  --config=$C:start    --workdir=$R/generated  # 2 answers to 640 problems
   distill-jax filter    --config=$C:start    --workdir=$R/filtered   # keeps correct answers
   distill-jax record    --config=$C:start    --workdir=$R/records
   distill-jax train     --config=$C:start    --workdir=$R/start      # the student
@@ -22,7 +22,7 @@ its distributions on them. The argument of the config is the way:
 
   supervised  `train` on the kept answers
   off_policy  `train` on the teacher's distributions on them, with the forward KL divergence
-  rounds      `on_policy`: the teacher scores 96 of the student's texts every 12 steps, with the
+  rounds      `on_policy`: the teacher scores 32 of the student's texts every 4 steps, with the
               same kind of records and the same loss as off_policy
   live        `on_policy`: the teacher is in the step, with the exact reverse KL divergence on texts
               of the current student
@@ -66,14 +66,15 @@ def get_config(target: str = "teacher"):
     return c
   c.teacher.source = f"run:{BASE}/same"
 
-  c.generate.prompts = f"{BASE}/practice.jsonl"
+  c.generate.prompts, c.generate.samples = f"{BASE}/practice.jsonl", 2
+  c.generate.batch_size, c.generate.cache_len = 64, 192
   c.filter.samples = f"{ROOT}/generated"
   c.filters.unseen.against = (f"{BASE}/validation.jsonl", f"{BASE}/heldout.jsonl")
   c.data.path, c.data.heldout_fraction = f"{ROOT}/filtered/kept", 0.0
   c.records.heldout_sequences = 0
   c.train.records, c.train.heldout = (f"{ROOT}/records",), ()
 
-  c.train.steps, c.train.checkpoint_every, c.train.checkpoint_minutes = 64, 0, 4.0
+  c.train.steps, c.train.checkpoint_every, c.train.checkpoint_minutes = 48, 0, 4.0
   c.losses = {"soft": config.loss("kd")}
   if target == "start":
     c.student.keep_layers = (*range(8), *range(18, 30))
@@ -81,15 +82,15 @@ def get_config(target: str = "teacher"):
     c.optim.peak_lr = 5e-4
   else:
     c.student.source = f"run:{ROOT}/start"
-    c.train.steps, c.optim.peak_lr = 24, RATES[target]
+    c.train.steps, c.optim.peak_lr = 16, RATES[target]
     c.train.batch_size = 8 if target in ON_POLICY else 2
   if target == "supervised":
     c.losses = {"hard": config.loss("ce")}
   if target in ON_POLICY:
     c.generate.samples, c.generate.temperature, c.generate.top_p = 1, 1.0, 1.0
-    c.generate.cache_len = 192
+    c.generate.batch_size = 32
     c.train.records, c.train.chunk, c.records.batch_size = (), 96, 8
-    c.on_policy.every = 12
+    c.on_policy.every = 4
   if target == "live":
     c.train.online, c.on_policy.every, c.generate.batch_size = True, 1, 8
     c.losses.soft.divergence = "reverse_kl"

@@ -86,7 +86,7 @@ def own_kl(source: str, seed: int, prompts: Path, folder: Path) -> dict[str, flo
   c = settings().get_config("live")
   c.student.source, c.generate.prompts, c.seed = source, str(prompts), seed
   c.train.steps, c.train.batch_size = 1, len(prompts.read_text().splitlines())
-  c.generate.batch_size = 32
+  c.generate.batch_size = 64
   resolved = config.resolve(c)
   mesh = sharding.make_mesh(**vars(resolved.mesh))
   student, teacher = open_source(resolved.student, seed), open_source(resolved.teacher, seed)
