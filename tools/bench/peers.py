@@ -1,26 +1,28 @@
-"""Compares our training step with those of other libraries, on the same shapes.
+"""Compares our training step with those of Tunix and TRL, on the same shapes.
 
-  PY_TUNIX=…/python PY_TRL=…/python python tools/bench/peers.py [--configs=small32k,vocab152k]
-      [--rounds=2] [--peers=../shared/bench/peers] [--only=ours]
+  python tools/bench/peers.py [--shapes=small32k,vocab152k] [--rounds=3]
+      [--environments=runs/peers] [--peers=tunix,trl_gkd,trl_distill]
 
-The others are scripts in the folder `--peers`, whose README describes what they run and what their
-interpreters need: Tunix DistillationTrainer, TRL GKDTrainer and TRL DistillationTrainer. If the
-variable with an interpreter is not set, its script is skipped and reported as absent. Ours are
+The others are scripts in tools/peers, which state what they run. Each has a virtual environment
+with pinned packages (ENVIRONMENTS), which is made in the folder `--environments` the first time,
+with 3 GB, in a few minutes. A library that cannot be installed or run is reported with its error.
+Ours are
 
   online   step.Step on a qwen3 with the same shape, with equal weights for kd (T=2) and ce, and
-           with the teacher in the step, as in Tunix and TRL;
+           with the teacher in the step, as in Tunix; TRL's losses have no cross-entropy;
   records  the same on 63 sampled targets per token, without a teacher.
 
-Each runs in a separate process, in turn, and is timed by peer_shapes.StepClock in the folder of the
-others: wall and CPU time per step after warm-up, and peak memory. `CONFIG.PEER.time_ratio` is ours
-(online) over the other, the median over rounds. `memory_ratio` is the ratio of peak resident
-memory. The last line is a JSON object.
+Each runs in a separate process on one core, in turn, and is timed by peer_shapes.StepClock: seconds
+and CPU seconds of a step after the first ones, and the peak of resident memory. On more cores, the
+threads of torch wait for each other while another process runs, so their CPU time would count
+waiting. `SHAPE.PEER.time_ratio` is ours (online) over the other, the median over rounds;
+`cpu_time_ratio` and `memory_ratio` are those of CPU time and memory. The last line is a JSON
+object.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -30,34 +32,45 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-PEERS = {  # name: (environment variable with its interpreter, script and flags)
-  "tunix": ("PY_TUNIX", ["bench_tunix.py"]),
-  "trl_gkd": ("PY_TRL", ["bench_trl.py", "--trainer", "gkd"]),
-  "trl_distill": ("PY_TRL", ["bench_trl.py", "--trainer", "distill"]),
+SCRIPTS = HERE.parents[1] / "peers"
+sys.path.insert(0, str(SCRIPTS))
+import peer_shapes  # noqa: E402
+
+ENVIRONMENTS = {
+  "tunix": ("google-tunix==0.1.7", "transformers<5.13"),  # newer ones need newer safetensors
+  "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0"),
+}
+PEERS = {  # name: (environment, script, arguments)
+  "tunix": ("tunix", "run_tunix.py"),
+  "trl_gkd": ("trl", "run_trl.py", "gkd"),
+  "trl_distill": ("trl", "run_trl.py", "distill"),
 }
 OURS = ("online", "records")
+KEYS = ("step_seconds", "cpu_seconds", "peak_bytes", "tokens_per_second", "compile_seconds")
+RATIOS = {
+  "time_ratio": "step_seconds",
+  "cpu_time_ratio": "cpu_seconds",
+  "memory_ratio": "peak_bytes",
+}
 LIMIT = 580  # seconds for one process
 
 
-def ours(folder: str, name: str, kind: str) -> None:
+def ours(name: str, kind: str) -> None:
   """Runs one of our variants in this process; prints a result in the format of the others."""
   import jax
   import jax.numpy as jnp
   import numpy as np
 
-  sys.path.insert(0, folder)
-  shapes = importlib.import_module("peer_shapes")
   from distill_jax import config
   from distill_jax.losses import SampledTargets, ce, kd
   from distill_jax.models import qwen3
-  from distill_jax.nn import params
   from distill_jax.nn.layers import ComputeConfig
   from distill_jax.schedules import constant
   from distill_jax.training import optim
   from distill_jax.training.step import Step
   from distill_jax.types import Batch, Inputs
 
-  c = shapes.CONFIGS[name]
+  c = peer_shapes.SHAPES[name]
   V, B, T, points = c["vocab"], c["batch"], c["seq"], 63
 
   def model(s: dict[str, int], seed: int) -> qwen3.Model:
@@ -80,7 +93,7 @@ def ours(folder: str, name: str, kind: str) -> None:
   def i32(x):
     return jnp.asarray(x, jnp.int32)
 
-  hot = shapes.TEMPERATURE
+  hot = peer_shapes.TEMPERATURE
 
   def batch() -> Batch:
     tokens = rng.integers(1, V, (B, T))
@@ -98,7 +111,8 @@ def ours(folder: str, name: str, kind: str) -> None:
 
   student = model(c["student"], 0)
   teachers = {"teacher": model(c["teacher"], 1)} if kind == "online" else {}
-  o, half = config.OptimOptions(peak_lr=shapes.LEARNING_RATE, schedule="constant"), constant(0.5)
+  o = config.OptimOptions(peak_lr=peer_shapes.LEARNING_RATE, schedule="constant")
+  half = constant(0.5)
   step = Step(
     losses={"soft": kd.Loss(weight=half, temperature=hot), "hard": ce.Loss(weight=half)},
     learning_rate=optim.learning_rate(o, 100),
@@ -109,101 +123,115 @@ def ours(folder: str, name: str, kind: str) -> None:
     vocab_size=V,
   )
   program, state = jax.jit(step, donate_argnums=0), step.init(student)
-  counts = [params.count(m) for m in (student, *teachers.values())]
-  clock = shapes.StepClock(c["warmup"])
+  clock = peer_shapes.StepClock(c["warmup"])
   clock.start()
   for _ in range(c["steps"]):
     state, metrics = program(state, batch(), teachers)
     jax.block_until_ready(state.params)
     assert np.isfinite(float(metrics["loss"]))
     clock.tick()
-  clock.report(
-    f"distill_jax/{kind}",
-    name,
-    B * T,
-    temperature=hot,
-    student_params=counts[0],
-    teacher_params=sum(counts[1:]),
-    cores=len(os.sched_getaffinity(0)),
-  )
+  clock.report(name, ("distill-jax", "jax", "flax", "optax"))
 
 
-def record_of(command: list[str]) -> dict[str, Any] | str:
-  """Runs a process; returns the JSON on its last line, or a message if it fails."""
-  done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+def environment(name: str, folder: Path) -> Path:
+  """Returns the interpreter of a virtual environment, which is made unless it is finished.
+
+  Raises:
+    CalledProcessError: A package cannot be installed.
+  """
+  place, wanted = folder / name, "\n".join(ENVIRONMENTS[name])
+  finished, python = place / "finished", place / "bin" / "python"
+  if not finished.exists() or finished.read_text() != wanted:
+    print(f"makes {place}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]], check=True)
+    finished.write_text(wanted)
+  return python
+
+
+def figures_of(command: list[str]) -> dict[str, Any] | str:
+  """Runs a process on one core; returns the JSON on its last line, or a message if it fails."""
+  core = max(os.sched_getaffinity(0))
+  pinned = ["taskset", "-c", str(core), *command]
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  try:
+    done = subprocess.run(pinned, capture_output=True, text=True, timeout=LIMIT, env=env)
+  except subprocess.TimeoutExpired:
+    return f"failed: not finished after {LIMIT} s"
   if done.returncode:
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return f"failed: exit {done.returncode}, {last}"
   return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def commands(folder: Path, config: str, only: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-  """Returns (commands by name, reasons for absent ones by name)."""
-  run, absent = {}, {}
-  for kind in OURS:
-    flags = ["--peers", str(folder), "--one", config, kind]
-    run[f"ours_{kind}"] = [sys.executable, str(HERE), *flags]
-  for name, (variable, script) in PEERS.items():
-    python = os.environ.get(variable, "")
-    if only == "ours":
-      absent[name] = "skipped: --only=ours"
-    elif not Path(python).is_file():
-      found = f"; {python} is not a file" if python else ""
-      absent[name] = f"absent: set {variable}{found}"
-    else:
-      run[name] = [python, str(folder / script[0]), config, *script[1:]]
-  return run, absent
+def commands(shape: str, peers: list[str], folder: Path) -> dict[str, list[str] | str]:
+  """Returns the command of each contestant, or the reason why there is none."""
+  made: dict[str, list[str] | str] = {
+    f"ours_{kind}": [sys.executable, str(HERE), "--one", shape, kind] for kind in OURS
+  }
+  for name in peers:
+    where, script, *arguments = PEERS[name]
+    try:
+      python = environment(where, folder)
+      made[name] = [str(python), str(SCRIPTS / script), shape, *arguments]
+    except subprocess.CalledProcessError as error:
+      made[name] = f"absent: {error}"
+  return made
 
 
-def compare(config: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
-  """Returns medians over rounds, and the ratios of ours (online) to each other."""
-  out = {}
+def compare(shape: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+  """Returns medians over rounds, the versions, and the ratios of ours (online) to each other."""
+  out: dict[str, Any] = {}
   for name in rounds[0]:
-
-    def median(key, name=name):
-      return statistics.median(r[name][key] for r in rounds)
-
-    for key in ("step_ms_median", "cpu_ms_median", "peak_rss_mb", "tokens_per_s"):
-      out[f"{config}.{name}.{key}"] = median(key)
-    if name in PEERS:
-
-      def ratio(key, name=name):
-        return statistics.median(r["ours_online"][key] / r[name][key] for r in rounds)
-
-      out[f"{config}.{name}.time_ratio"] = ratio("step_ms_median")
-      out[f"{config}.{name}.cpu_time_ratio"] = ratio("cpu_ms_median")
-      out[f"{config}.{name}.memory_ratio"] = ratio("peak_rss_mb")
+    for key in KEYS:
+      out[f"{shape}.{name}.{key}"] = statistics.median(r[name][key] for r in rounds)
+    versions = rounds[0][name]["versions"]
+    out[f"{shape}.{name}.versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
+    for ratio, key in RATIOS.items() if name in PEERS else ():
+      values = [r["ours_online"][key] / r[name][key] for r in rounds]
+      out[f"{shape}.{name}.{ratio}"] = statistics.median(values)
   return out
+
+
+def measure(shape: str, peers: list[str], rounds: int, folder: Path) -> dict[str, Any]:
+  """Returns the figures of a shape, and the errors of contestants that did not run."""
+  lines = commands(shape, peers, folder)
+  failed = {name: line for name, line in lines.items() if isinstance(line, str)}
+  found: list[dict[str, Any]] = []
+  for _ in range(rounds):
+    found.append({})
+    for name, line in lines.items():
+      if name in failed:
+        continue
+      assert not isinstance(line, str)
+      new = figures_of(line)
+      if isinstance(new, str):
+        failed[name] = new
+      else:
+        found[-1][name] = new
+  if lost := [f"{name} {error}" for name, error in failed.items() if name not in PEERS]:
+    sys.exit("; ".join(lost))
+  whole = [{n: f for n, f in one.items() if n not in failed} for one in found]
+  return {f"{shape}.{name}": error for name, error in failed.items()} | compare(shape, whole)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--peers", default=str(HERE.parents[3] / "shared/bench/peers"))
-  parser.add_argument("--configs", default="small32k,vocab152k", help="names in peer_shapes.py")
-  parser.add_argument("--rounds", type=int, default=2)
-  parser.add_argument("--only", default="", choices=["", "ours"])
+  parser.add_argument("--shapes", default="small32k,vocab152k", help="names in peer_shapes.py")
+  parser.add_argument("--peers", default=",".join(PEERS), help="none: only ours")
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--environments", type=Path, default=Path("runs/peers"))
   parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # runs in this process
   args = parser.parse_args()
-  folder = Path(args.peers).resolve()
-  if not (folder / "peer_shapes.py").is_file():
-    sys.exit(f"{folder} does not contain peer_shapes.py. Set --peers to the folder of the scripts.")
   if args.one:
-    return ours(str(folder), *args.one)
+    return ours(*args.one)
+  peers = [name for name in args.peers.split(",") if name in PEERS]
   figures: dict[str, Any] = {}
-  for config in args.configs.split(","):
-    run, missing = commands(folder, config, args.only)
-    rounds = []
-    for _ in range(args.rounds):
-      got = {name: record_of(command) for name, command in run.items() if name not in missing}
-      missing |= {name: error for name, error in got.items() if isinstance(error, str)}
-      rounds.append(got)
-    kept = [{n: r for n, r in got.items() if n not in missing} for got in rounds]
-    figures |= missing
-    if lost := [name for name in run if name.startswith("ours") and name in missing]:
-      sys.exit("; ".join(f"{name} {missing[name]}" for name in lost))
-    figures |= {k: round(v, 4) for k, v in compare(config, kept).items()}
-  for name, value in figures.items():
-    print(f"{name:40}{value:>14}" if isinstance(value, str) else f"{name:40}{value:14,.3f}")
+  for shape in args.shapes.split(","):
+    new = measure(shape, peers, args.rounds, args.environments.resolve())
+    for name, value in new.items():
+      print(f"{name:44}{value:>20}" if isinstance(value, str) else f"{name:44}{value:20,.4f}")
+    figures |= new
   print(f"load {os.getloadavg()[0]:.1f}")
   print(json.dumps(figures))
   return None
