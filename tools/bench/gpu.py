@@ -2,7 +2,7 @@
 
   python tools/bench/gpu.py [--parts=kernels,parity,step,record,decode,head] [--small]
 
-Each part runs in a process of its own, so that it has the whole memory and an error ends only its
+Each part runs in a separate process, so that it has the whole memory and an error ends only this
 part. All models have random weights, and the computation is in bfloat16.
 
   kernels  forward and backward pass of attention over a row of 8,192 positions in documents of

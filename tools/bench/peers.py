@@ -165,7 +165,7 @@ def figures_of(command: list[str]) -> dict[str, Any] | str:
 
 
 def commands(shape: str, peers: list[str], folder: Path) -> dict[str, list[str] | str]:
-  """Returns the command of each contestant, or the reason why there is none."""
+  """Returns the command of each contestant, or the reason why it cannot run."""
   made: dict[str, list[str] | str] = {
     f"ours_{kind}": [sys.executable, str(HERE), "--one", shape, kind] for kind in OURS
   }
