@@ -13,11 +13,10 @@ def main(file: str, folder: str, flag: str) -> None:
 
   from distill_jax import config
   from distill_jax.models import loading, runs
-  from distill_jax.nn import sharding
   from distill_jax.on_policy.rollouts import Rollouts
 
   c = config.from_dict(json.loads(Path(file).read_text()))
-  mesh = sharding.make_mesh(**vars(c.mesh))
+  mesh = c.mesh.make()
   student = loading.open_source(c.student, c.seed)
   rollouts = Rollouts(c, student, mesh, Path(folder))
   rollouts.check()

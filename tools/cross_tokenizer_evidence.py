@@ -44,7 +44,6 @@ from distill_jax.evals import bits_per_byte, likelihood
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.models.loading import open_source
 from distill_jax.models.options import StudentOptions
-from distill_jax.nn import sharding
 from distill_jax.records import store
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.projected_rows import project_rows
@@ -97,7 +96,7 @@ def measure(source: str) -> float:
   """Returns the bits per byte of a model, as `evaluate` with evaluate.texts computes them."""
   registry.add_folder("losses", RIVALS)  # the config that a run has stored may name one of them
   c = config.resolve(config.base())
-  mesh = sharding.make_mesh(**vars(c.mesh))
+  mesh = c.mesh.make()
   slot = ModelSlot(StudentOptions(source=source), mesh, seed=0)
   tokenizer = bits_per_byte.own_tokenizer(c, slot.source)
   scorer = likelihood.Scorer(slot.stacked(), mesh, tokenizer, batch_size=2, chunk=128)

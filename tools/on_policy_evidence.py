@@ -88,7 +88,7 @@ def own_kl(source: str, seed: int, prompts: Path, folder: Path) -> dict[str, flo
   c.train.steps, c.train.batch_size = 1, len(prompts.read_text().splitlines())
   c.generate.batch_size = 64
   resolved = config.resolve(c)
-  mesh = sharding.make_mesh(**vars(resolved.mesh))
+  mesh = resolved.mesh.make()
   student, teacher = open_source(resolved.student, seed), open_source(resolved.teacher, seed)
   rollouts, key = Rollouts(resolved, student, mesh, folder), jax.random.key(0)
   rollouts.check()

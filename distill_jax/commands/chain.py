@@ -258,7 +258,7 @@ def _check(
       "Remove the tasks, or run record and train for each link",
     )
   planned_stores.check_one(config.data)
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = config.mesh.make()
   sharding.check_batch("records.batch_size", config.records.batch_size, mesh)
   accumulate = config.optim.accumulate
   sharding.check_batch("train.batch_size", config.train.batch_size, mesh, accumulate)

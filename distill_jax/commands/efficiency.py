@@ -24,7 +24,6 @@ from distill_jax.config import Config
 from distill_jax.efficiency import comparison, formulas, measure
 from distill_jax.efficiency.table import text  # noqa: F401
 from distill_jax.models import loading
-from distill_jax.nn import sharding
 from distill_jax.preflight import programs
 from distill_jax.preflight.chips import CHIPS
 from distill_jax.runtime import json_io
@@ -53,7 +52,7 @@ def run(config: Config, folder: Path) -> JsonObject:
     "student": loading.open_source(shapes.student),
   }
   comparison.check(options, sources)
-  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows())) if options.measure else None
+  mesh = config.mesh.whole_rows().make() if options.measure else None
   if mesh is not None:
     measure.check(config, mesh)
   quality = comparison.quality(folder / "evaluation.json")

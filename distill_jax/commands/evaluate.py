@@ -68,13 +68,13 @@ def run(config: Config, folder: Path) -> JsonObject:
   """
   models = check(config)
   axes = config.mesh.whole_rows() if config.evals or config.tasks else config.mesh
-  mesh = sharding.make_mesh(**vars(axes))
+  mesh = axes.make()
   sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
   questions = {
     name: read_questions(name, benchmark, config.evaluate.on_bad)
     for name, benchmark in config.evals.items()
   }
-  whole_rows = sharding.make_mesh(**vars(config.mesh.whole_rows()))  # to generate on
+  whole_rows = config.mesh.whole_rows().make()  # to generate on
   slots = {
     name: ModelSlot(options, whole_rows, config.seed, is_teacher=options is config.teacher)
     for name, options in all_models(config).items()

@@ -44,7 +44,7 @@ from distill_jax.hub.peft import export_adapters
 from distill_jax.models import FamilyConfig, loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
-from distill_jax.nn import params, sharding
+from distill_jax.nn import params
 from distill_jax.nn.grids import PACKED
 from distill_jax.nn.quantise import UNROUNDED, QuantiseOptions
 from distill_jax.report import deployment, model_card
@@ -169,7 +169,7 @@ def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
     with saved_arrays.open_arrays(trained.folder, trained.step) as saved:
       write(model, saved=saved)
     return model
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = config.mesh.make()
   with jax.set_mesh(mesh):
     model = _load(trained, config.export, mesh)
     write(model)
@@ -178,7 +178,7 @@ def _export(trained: Run, config: Config, write: Callable[..., None]) -> Model:
 
 def _export_adapters(trained: Run, config: Config, common: JsonObject) -> PyTree:
   """Writes the adapters of a run for PEFT; returns them."""
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = config.mesh.make()
   trained.check_base()
   with jax.set_mesh(mesh):
     adapters = trained.restore(mesh)

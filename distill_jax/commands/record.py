@@ -80,7 +80,7 @@ def run(config: Config, folder: Path) -> JsonObject:
     served = None
     if config.records.served:
       served = stack.enter_context(_served_teacher(config, teacher))
-    mesh = sharding.make_mesh(**vars(config.mesh))
+    mesh = config.mesh.make()
     if job.runs_teacher(config.records):
       # Raises InputError if the mesh does not divide the teacher.
       sharding.shardings(teacher.abstract, mesh, teacher.compute.rules)

@@ -80,7 +80,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
     raise bad_value("retokenize.tokenizer", options.tokenizer, expected, "Use the model unchanged")
   target = options.dir or storage.location(workdir / "model")
   check_new(target)
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = config.mesh.make()
   rows = -(-tokenizer.vocab_size // options.multiple_of) * options.multiple_of
   sharding.shardings(new_model.abstract(source, rows), mesh, source.compute.rules)
   new, before = Vocabulary(tokenizer), Vocabulary(old)

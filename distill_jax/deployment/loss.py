@@ -17,7 +17,7 @@ from distill_jax.deployment.calibration import Calibration, Text
 from distill_jax.deployment.rounding import LayerTensor, Width
 from distill_jax.models import DecoderConfig
 from distill_jax.models.runs import Run
-from distill_jax.nn import grids, sharding
+from distill_jax.nn import grids
 from distill_jax.runtime import distributed
 from distill_jax.types import JsonObject, Model
 
@@ -46,7 +46,7 @@ def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject
       "export with the run by `evaluate`."
     )
     return {}
-  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+  mesh = config.mesh.whole_rows().make()
   text = calibration.read_text(config, run.student, mesh)
   with jax.set_mesh(mesh):
     model, calibrated = load(config, run, text, mesh)

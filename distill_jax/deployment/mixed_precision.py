@@ -32,7 +32,6 @@ from distill_jax.hub import gguf_export
 from distill_jax.hub.gguf_tensors import Numbers
 from distill_jax.hub.tensors import Encoded
 from distill_jax.models.runs import Run
-from distill_jax.nn import sharding
 from distill_jax.runtime import distributed, json_io
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import JsonObject, Model
@@ -75,7 +74,7 @@ def choose_widths(
   fixed = file_bytes(numbers) - sum(c.sizes[smallest] for c in found.values())
   check_target(found, fixed, target)
   tensors = {name: c.tensor for name, c in found.items()}
-  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+  mesh = config.mesh.whole_rows().make()
   text = calibration.read_text(config, run.student, mesh)
   key = hashlib.sha256(f"{run.digest} {text.digest}".encode()).hexdigest()
   with jax.set_mesh(mesh):

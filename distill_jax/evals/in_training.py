@@ -55,7 +55,7 @@ class Benchmarks:
     self._config, self._folder = config, workdir / FOLDER
     source = loading.open_source(config.student, config.seed)
     check(config, source)
-    self._mesh = sharding.make_mesh(**vars(config.mesh))
+    self._mesh = config.mesh.make()
     self._slot = ModelSlot(config.student, self._mesh, config.seed)
     self._slot.source = _InTraining(source.options, source.seed, source.pretrained, source.run)
     self._questions = {

@@ -76,7 +76,7 @@ class Adapter(LM):
     c.teacher.update(source=source, dtype=dtype, **model)
     c.mesh.update(mesh or {})
     self.config = config.resolve(c)
-    self.mesh = sharding.make_mesh(**vars(self.config.mesh.whole_rows()))
+    self.mesh = self.config.mesh.whole_rows().make()
     sharding.check_batch("batch_size", batch_size, self.mesh)
     self._batch_size, self._seed = batch_size, seed
     self._model = ModelSlot(self.config.teacher, self.mesh, seed, is_teacher=True)

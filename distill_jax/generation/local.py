@@ -73,7 +73,7 @@ def generate(
     InputError: If the job and the model are inconsistent; raised before compilation.
     Preempted: If SIGTERM was received. Finished samples are kept.
   """
-  mesh = sharding.make_mesh(**vars(job.mesh.whole_rows()))
+  mesh = job.mesh.whole_rows().make()
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
   stops = check_settings(job, tokenizer, mesh, store)
   prompts = Prompts(job, tokenizer)
@@ -105,7 +105,7 @@ def check(job: GenerationJob) -> None:
     InputError: If `generate` would raise it.
   """
   tokenizer = corpus.tokenizer_of(job.data, job.source.pretrained)
-  check_settings(job, tokenizer, sharding.make_mesh(**vars(job.mesh.whole_rows())))
+  check_settings(job, tokenizer, job.mesh.whole_rows().make())
   Prompts(job, tokenizer).summary()
 
 

@@ -39,6 +39,10 @@ class MeshOptions:
     fsdp = -1 if -1 in (self.fsdp, self.context) else self.fsdp * self.context
     return dataclasses.replace(self, fsdp=fsdp, context=1)
 
+  def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of these devices, or of all devices of jax; see `make_mesh`."""
+    return make_mesh(**vars(self), devices=devices)
+
 
 def make_mesh(
   data: int = 1,

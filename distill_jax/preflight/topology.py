@@ -89,4 +89,4 @@ def make_mesh(config: MeshOptions, topology: str, num_slices: int = 1) -> jax.sh
     shape = sharding.mesh_shape(**vars(config), devices=len(described))
     axes = {"axis_types": (jax.sharding.AxisType.Auto,) * len(sharding.MESH_AXES)}
     return jax.sharding.Mesh(np.reshape(described, shape), sharding.MESH_AXES, **axes)
-  return sharding.make_mesh(**vars(config), devices=described)
+  return config.make(described)

@@ -47,7 +47,7 @@ class MeasuredTeacher:
   def __init__(self, config: Config, source: loading.ModelSource | None = None):
     self.config, self._size = config, config.evaluate.batch_size
     self.source = source or loading.open_source(config.teacher, config.seed)
-    self.mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+    self.mesh = config.mesh.whole_rows().make()
     sharding.check_batch("evaluate.batch_size", self._size, self.mesh)
     self.tokenizer = corpus.tokenizer_of(config.data, self.source.pretrained)
     shape = self.source.text_config

@@ -55,7 +55,7 @@ def propose(
   if not 0 < size < math.inf:
     raise bad_value(f"shrink.{key}", size, "a positive number", "Change the target")
   shapes.check(options, teacher.family, teacher.decoder_config)
-  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+  mesh = config.mesh.whole_rows().make()
 
   def check(student: DecoderConfig) -> None:
     """Raises InputError if a Config is not divisible by the mesh axes."""
@@ -173,7 +173,7 @@ def trained(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> LoadedMode
 def _teacher_rate(config: Config, source: ModelSource, workdir: Path) -> float:
   """Returns the teacher's tokens per second, measured once, so that resuming does not change it."""
   if not (workdir / RATE).exists():
-    mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+    mesh = config.mesh.whole_rows().make()
     with jax.set_mesh(mesh):
       teacher = source.load(mesh, runs.keys(config.seed)["teacher"])
     rate = _decode_rate(config, teacher, mesh)

@@ -112,7 +112,7 @@ def write_pseudo_labels(config: Config, workdir: Path) -> JsonObject:
       "a task whose models generate texts, e.g. translation",
       "Choose another task; `generate` cannot run on this one",
     )
-  mesh = sharding.make_mesh(**vars(config.mesh.whole_rows()))
+  mesh = config.mesh.whole_rows().make()
   sharding.check_batch(f"tasks.{name}.batch_size", task.batch_size, mesh)
   teacher = loading.open_source(config.teacher, config.seed)
   task.check(teacher.config)

@@ -67,7 +67,7 @@ def train(
   began = time.monotonic()
   trackers.check(config.train.tracker)
   student = loading.open_source(config.student, config.seed)
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = config.mesh.make()
   feed: Feed = (open_feed or functools.partial(StoredFeed, config))(student, mesh)
   config, stores, online = feed.config, feed.stores, feed.online
   heldout = open_heldout(config, student, stores)

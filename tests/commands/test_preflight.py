@@ -172,7 +172,7 @@ def test_tasks_are_compiled_without_an_estimate_of_their_operations(
 def test_the_smallest_slice_can_have_another_mesh(monkeypatch):
   """The config has 16 devices in fsdp, and the smallest slice has four devices."""
   monkeypatch.setattr(topology, "prepare", lambda: None)
-  mesh_of = lambda axes, name, _: sharding.make_mesh(**vars(axes))
+  mesh_of = lambda axes, name, _: axes.make()
   monkeypatch.setattr(topology, "make_mesh", mesh_of)
   memory = compiler.Memory(1, 0, 1, 2)
   monkeypatch.setattr(compiler, "compile_step", lambda *a: (memory, "compiled"))

@@ -143,7 +143,7 @@ def test_a_four_bit_student_is_trained_and_exported(run):
   path, c, made = run
   rows = read_metrics(path / "run")
   assert rows[-1]["loss"] < rows[0]["loss"]
-  mesh = sharding.make_mesh(**vars(c.mesh))
+  mesh = c.mesh.make()
   spec = config.StudentOptions(source=f"run:{path / 'run'}")
   with jax.set_mesh(mesh):
     built = loading.open_source(spec).load(mesh, jax.random.key(0))

@@ -109,7 +109,7 @@ def test_the_advertised_job_on_four_nodes_passes_its_checks(monkeypatch):
   devices = [Device(i, i, i // 8) for i in range(32)]
   monkeypatch.syspath_prepend(ROOT / "configs")
   c = config.resolve(importlib.import_module("r1_qwen_7b").get_config())
-  mesh = sharding.make_mesh(**vars(c.mesh), devices=devices)
+  mesh = c.mesh.make(devices)
   assert dict(mesh.shape) == {"data": 1, "fsdp": 32, "context": 1, "tensor": 1}
   sharding.check_batch("train.batch_size", c.train.batch_size, mesh, c.optim.accumulate)
   check(mesh, c.train.batch_size)

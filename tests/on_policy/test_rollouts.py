@@ -320,7 +320,7 @@ def test_a_full_disk_stops_all_processes(whole, folder, monkeypatch, name):
 def test_texts_do_not_depend_on_the_mesh(whole, folder):
   for name, axes in (("split", {"fsdp": 2, "tensor": 2}), ("data", {"data": 2, "fsdp": 2})):
     c = made(folder, **{f"mesh__{axis}": size for axis, size in axes.items()})
-    stores = Run(c, folder / name, sharding.make_mesh(**vars(config.resolve(c).mesh)))()
+    stores = Run(c, folder / name, config.resolve(c).mesh.make())()
     for teacher, store in stores.items():
       for row, want in zip(store, whole[1][teacher], strict=True):
         np.testing.assert_array_equal(row["tokens_T"], want["tokens_T"])

@@ -16,7 +16,7 @@ from distill_jax.commands import preflight
 from distill_jax.errors import InputError
 from distill_jax.generation import placement
 from distill_jax.models import loading
-from distill_jax.nn import params, sharding
+from distill_jax.nn import params
 from distill_jax.preflight import chips, decoding, topology
 
 CHIP = chips.CHIPS["v5e"]
@@ -26,7 +26,7 @@ def estimated(monkeypatch, mesh=(1, 2, 2), **changes):
   """Returns the estimate for a tiny teacher on four virtual devices, and its model's shapes."""
   monkeypatch.setattr(topology, "prepare", lambda: None)
   devices = jax.devices()[:4]
-  make = lambda axes, *a: sharding.make_mesh(**vars(axes), devices=devices)
+  make = lambda axes, *a: axes.make(devices)
   monkeypatch.setattr(topology, "make_mesh", make)
   c = model_config()
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor = mesh

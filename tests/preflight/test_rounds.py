@@ -54,7 +54,7 @@ def estimated(monkeypatch, **changes):
   monkeypatch.setattr(topology, "prepare", lambda: None)
   monkeypatch.setattr(step_estimate, "estimate", stub_of_compiling)
   devices = jax.devices()[:CHIPS]
-  make = lambda axes, *a: sharding.make_mesh(**vars(axes), devices=devices)
+  make = lambda axes, *a: axes.make(devices)
   monkeypatch.setattr(topology, "make_mesh", make)
   c = model_config()
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 2, 2

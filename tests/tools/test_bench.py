@@ -17,7 +17,6 @@ from distill_jax.data import corpus, tokenizers
 from distill_jax.errors import InputError
 from distill_jax.losses import DenseTargets
 from distill_jax.models import loading
-from distill_jax.nn import sharding
 from distill_jax.records import collate, store
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
@@ -239,7 +238,7 @@ def test_overhead_records_complete_shards(tmp_path):
   c = config.resolve(c)
   tokenizer = corpus.tokenizer_of(c.data, loading.open_source(c.teacher).pretrained)
   rows = list(corpus.sequences(c.data, tokenizer))
-  with jax.set_mesh(sharding.make_mesh(**vars(c.mesh))):
+  with jax.set_mesh(c.mesh.make()):
     passes = overhead.Passes(c, tokenizer, rows, 2, tmp_path / "store")
     figures = overhead.measure(passes, rounds=1)
   assert passes.writer.missing() == []

@@ -59,7 +59,7 @@ class Passes:
   """
 
   def __init__(self, c: config.Config, tokenizer: Any, rows: Rows, shards: int, folder: Path):
-    mesh = sharding.make_mesh(**vars(c.mesh))
+    mesh = c.mesh.make()
     self.c, self.rows, self.all_rows = c, rows, rows * shards
     self.batch = sharding.rows(mesh, c.records.batch_size)
     teacher = loading.open_source(c.teacher, c.seed)
@@ -161,7 +161,7 @@ def main() -> None:
   except InputError as e:
     print(e, file=sys.stderr)
     sys.exit(2)
-  with tempfile.TemporaryDirectory() as tmp, jax.set_mesh(sharding.make_mesh(**vars(c.mesh))):
+  with tempfile.TemporaryDirectory() as tmp, jax.set_mesh(c.mesh.make()):
     passes = Passes(c, tokenizer, rows, args.rounds + 1, Path(tmp) / "records")
     figures = measure(passes, args.rounds)
   for name, value in figures.items():
