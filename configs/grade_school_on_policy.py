@@ -74,7 +74,7 @@ def get_config(target: str = "teacher"):
   c.records.heldout_sequences = 0
   c.train.records, c.train.heldout = (f"{ROOT}/records",), ()
 
-  c.train.steps, c.train.checkpoint_every, c.train.checkpoint_minutes = 48, 0, 4.0
+  c.train.steps, c.train.checkpoint_every, c.train.checkpoint_minutes = 40, 0, 4.0
   c.losses = {"soft": config.loss("kd")}
   if target == "start":
     c.student.keep_layers = (*range(8), *range(18, 30))

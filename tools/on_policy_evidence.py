@@ -8,8 +8,8 @@ of RATES until both neighbours of the best rate have been tried. The best rate i
 highest pass@1 on 160 validation problems, which are not used for training. Three seeds, which
 determine the order of the answers and the sampled texts, are trained with it and measured on the
 160 held-out problems: the student generates 4 answers to each (2 to each validation problem), for
-pass@1 and maj@4. KL(student || teacher) is computed on one more text of the student for each
-problem, sampled at temperature 1.
+pass@1 and maj@4. KL(student || teacher) is computed on one more text of the student for each of 64
+held-out problems, sampled at temperature 1.
 
 Each finished training and each finished measurement appends one line to results.jsonl and is not
 repeated. So the command can be stopped at any time, and continues when it is run again; an
@@ -56,7 +56,7 @@ PRACTICE = 640  # problems in train.jsonl to train on; the others are for valida
 STEPS = ("generate", "filter", "record")  # commands before training, with the folders they write
 FOLDERS = ("generated", "filtered", "records")
 DEFAULT = "supervised,off_policy,rounds,live"
-ROWS = 8  # texts of a batch in `own_kl`
+OWN_TEXTS, ROWS = 64, 8  # texts in `own_kl`, in all and of a batch
 CLOCK = ("step_seconds", "generate_seconds", "score_seconds")
 
 
@@ -80,13 +80,15 @@ def own_kl(source: str, seed: int, prompts: Path, folder: Path) -> dict[str, flo
   Args:
     source: The student.
     seed: The seed of the texts.
-    prompts: The prompts, for one text each.
+    prompts: The prompts; the first OWN_TEXTS are used, for one text each.
     folder: The folder for the texts.
   """
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = prompts.read_text().splitlines(keepends=True)[:OWN_TEXTS]
+  (folder / "prompts.jsonl").write_text("".join(lines))
   c = settings().get_config("live")
-  c.student.source, c.generate.prompts, c.seed = source, str(prompts), seed
-  c.train.steps, c.train.batch_size = 1, len(prompts.read_text().splitlines())
-  c.generate.batch_size = 64
+  c.student.source, c.generate.prompts, c.seed = source, str(folder / "prompts.jsonl"), seed
+  c.train.steps, c.train.batch_size, c.generate.batch_size = 1, len(lines), len(lines)
   resolved = config.resolve(c)
   mesh = resolved.mesh.make()
   student, teacher = open_source(resolved.student, seed), open_source(resolved.teacher, seed)
