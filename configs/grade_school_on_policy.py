@@ -1,9 +1,7 @@
 """Distils the teacher of configs/grade_school.py into 20 of its layers in four ways.
 
   python tools/grade_school.py runs/grade_school
-  B=runs/grade_school; head -n 640 $B/train.jsonl > $B/practice.jsonl
-  tail -n 160 $B/train.jsonl > $B/validation.jsonl
-  C=configs/grade_school_on_policy.py; R=runs/on_policy
+  C=configs/grade_school_on_policy.py; B=runs/grade_school; R=runs/on_policy
 
   distill-jax generate  --config=$C          --workdir=$B/generated  # as in grade_school.py
   distill-jax filter    --config=$C          --workdir=$B/filtered
@@ -35,17 +33,31 @@ student's texts has a row), the work of the teacher, the time, and the texts. Ke
 sampled at temperature 0.6 and are correct, so problems that the teacher does not solve are missing.
 The student's texts are sampled at temperature 1, and all of them are used.
 
-  python tools/on_policy_evidence.py runs/evidence
+  python tools/on_policy_evidence.py runs/evidence --config=configs/grade_school_on_policy.py
 
-trains all of them with several learning rates and three seeds, and measures them.
+trains all of them with several learning rates and three seeds, and measures them. This has not been
+run to its end: by the time of its first stages, it needs about five hours on two cores.
 """
 
 import grade_school
 
 from distill_jax import config
 
-BASE, ROOT = grade_school.RUN, "runs/on_policy"
-RATES = {  # see RATES in tools/on_policy_evidence.py for those that are tried
+BASE, RUNS = grade_school.RUN, "runs/on_policy"
+# What tools/on_policy_evidence.py reads.
+PROBLEMS = ("grade_school.py", BASE)
+PREPARE = (
+  ("generate", "teacher", f"{BASE}/generated"),
+  ("filter", "teacher", f"{BASE}/filtered"),
+  ("record", "teacher", f"{BASE}/records"),
+  ("train", "teacher", f"{BASE}/same"),
+  ("generate", "start", f"{RUNS}/generated"),
+  ("filter", "start", f"{RUNS}/filtered"),
+  ("record", "start", f"{RUNS}/records"),
+  ("train", "start", f"{RUNS}/start"),
+)
+TEACHER_RUN, START_RUN = f"{BASE}/same", f"{RUNS}/start"
+RATES = {
   "supervised": 1e-4,
   "off_policy": 2e-4,
   "rounds": 2e-4,
@@ -68,11 +80,11 @@ def get_config(target: str = "teacher"):
 
   c.generate.prompts, c.generate.samples = f"{BASE}/practice.jsonl", 2
   c.generate.batch_size, c.generate.cache_len = 64, 192
-  c.filter.samples = f"{ROOT}/generated"
+  c.filter.samples = f"{RUNS}/generated"
   c.filters.unseen.against = (f"{BASE}/validation.jsonl", f"{BASE}/heldout.jsonl")
-  c.data.path, c.data.heldout_fraction = f"{ROOT}/filtered/kept", 0.0
+  c.data.path, c.data.heldout_fraction = f"{RUNS}/filtered/kept", 0.0
   c.records.heldout_sequences = 0
-  c.train.records, c.train.heldout = (f"{ROOT}/records",), ()
+  c.train.records, c.train.heldout = (f"{RUNS}/records",), ()
 
   c.train.steps, c.train.checkpoint_every, c.train.checkpoint_minutes = 40, 0, 4.0
   c.losses = {"soft": config.loss("kd")}
@@ -81,7 +93,7 @@ def get_config(target: str = "teacher"):
     c.losses.soft.weight, c.losses.hard = 0.9, config.loss("ce", weight=0.1)
     c.optim.peak_lr = 5e-4
   else:
-    c.student.source = f"run:{ROOT}/start"
+    c.student.source = f"run:{RUNS}/start"
     c.train.steps, c.optim.peak_lr = 16, RATES[target]
     c.train.batch_size = 8 if target in ON_POLICY else 2
   if target == "supervised":

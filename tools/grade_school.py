@@ -3,8 +3,9 @@
   python tools/grade_school.py runs/grade_school
 
 writes train.jsonl (800 problems) and heldout.jsonl (160), with one {"prompt": ..., "answer": ...,
-"kind": ...} per line. It always writes the same problems. A question with the same two numbers is
-only in one of the files.
+"kind": ...} per line; and train.jsonl in two parts, practice.jsonl (640) and validation.jsonl
+(160). It always writes the same problems. A question with the same two numbers is either in the
+800 or in the 160 problems.
 """
 
 import argparse
@@ -95,6 +96,7 @@ KINDS = {  # kind: (question, range of x and y, answer)
   ),
 }
 TRAIN, HELDOUT = 100, 20  # problems of each kind
+PRACTICE = 640  # the first problems of train.jsonl
 
 
 def problems(kind, rng):
@@ -108,15 +110,16 @@ def problems(kind, rng):
 
 
 def main(folder):
-  """Writes both files into `folder`."""
+  """Writes all files into `folder`."""
   rng = random.Random(0)
   folder.mkdir(parents=True, exist_ok=True)
   all_of = [list(problems(kind, rng)) for kind in KINDS]
   for name, part in (("train", slice(TRAIN)), ("heldout", slice(TRAIN, None))):
     rows = [row for of_kind in all_of for row in of_kind[part]]
     rng.shuffle(rows)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(text)
+    parts = {"practice": rows[:PRACTICE], "validation": rows[PRACTICE:]} if name == "train" else {}
+    for file, some in {name: rows, **parts}.items():
+      (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,31 @@
-"""Trains the students of configs/grade_school_on_policy.py and measures them.
+"""Compares ways of distilling a student: trains them with tuned rates and three seeds.
 
-  nice python tools/on_policy_evidence.py runs/evidence [--targets=supervised,live]
+  nice python tools/on_policy_evidence.py runs/evidence [--config=configs/running_sums.py]
+      [--targets=supervised,live]
 
-The problems, the teacher, its answers, its records and the start of the students are made once.
-Each target is then trained with seed 0 and the learning rate in the config, and with the next ones
-of RATES until both neighbours of the best rate have been tried. The best rate is the one with the
-highest pass@1 on 160 validation problems, which are not used for training. Three seeds, which
-determine the order of the answers and the sampled texts, are trained with it and measured on the
-160 held-out problems: the student generates 4 answers to each (2 to each validation problem), for
-pass@1 and maj@4. KL(student || teacher) is computed on one more text of the student for each of 64
-held-out problems, sampled at temperature 1.
+The config is a module with
+
+  PROBLEMS   the script in tools/ that writes the problems, with practice.jsonl to train on and
+             validation.jsonl and heldout.jsonl to measure on, and their folder;
+  PREPARE    the commands that make what all targets share, as (verb, target, folder);
+  TEACHER_RUN, START_RUN    the folders of the teacher's and the start's run;
+  RATES      the first learning rate by target, and ON_POLICY, the targets of `on_policy`;
+  RUNS       the folder of the targets' runs;
+  get_config(target).
+
+Each target is trained from the same start with seed 0 and its first learning rate, and with the
+next ones of RATES until both neighbours of the best rate have been tried. The best rate is the one
+with the highest pass@1 on the validation problems. Three seeds, which determine the order of the
+answers and the sampled texts, are trained with it and measured on the held-out problems: the
+student generates 4 answers to each (2 to each validation problem), for pass@1 and maj@4.
+KL(student || teacher) is computed on one more text of the student for each of 64 held-out problems,
+sampled at temperature 1.
 
 Each finished training and each finished measurement appends one line to results.jsonl and is not
 repeated. So the command can be stopped at any time, and continues when it is run again; an
 unfinished part resumes from its own files. With `--targets=` only what all targets share is made.
 After that, commands with different targets may run at the same time in one folder, e.g. each on one
-core. Checkpoints that are no longer needed are removed. Those of the teacher, of the start, and of
-one run of each target remain, about 10 GB.
+core. Checkpoints that are no longer needed are removed.
 
 The docstring of the config states what is equal for all targets. `tokens` in the results is the
 number of tokens that the student is trained on.
@@ -32,8 +41,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import experiments
 import jax
@@ -50,34 +60,18 @@ from distill_jax.records import collate
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.outputs import run_teacher
 
-CONFIG = ROOT / "configs" / "grade_school_on_policy.py"
-RATES = (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
-PRACTICE = 640  # problems in train.jsonl to train on; the others are for validation
-STEPS = ("generate", "filter", "record")  # commands before training, with the folders they write
-FOLDERS = ("generated", "filtered", "records")
-DEFAULT = "supervised,off_policy,rounds,live"
+RATES = tuple(1.25e-5 * 2**i for i in range(12))
 OWN_TEXTS, ROWS = 64, 8  # texts in `own_kl`, in all and of a batch
 CLOCK = ("step_seconds", "generate_seconds", "score_seconds")
 
 
-@functools.cache
-def settings() -> ModuleType:
-  """Returns the config file as a module."""
-  return experiments.load_config(CONFIG)
-
-
-def write_problems(folder: Path) -> None:
-  """Writes the problems to train on, to choose the rates with, and to measure on."""
-  subprocess.run([sys.executable, str(ROOT / "tools" / "grade_school.py"), str(folder)], check=True)
-  lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
-  (folder / "practice.jsonl").write_text("".join(lines[:PRACTICE]))
-  (folder / "validation.jsonl").write_text("".join(lines[PRACTICE:]))
-
-
-def own_kl(source: str, seed: int, prompts: Path, folder: Path) -> dict[str, float]:
+def own_kl(
+  get_config: Callable, source: str, seed: int, prompts: Path, folder: Path
+) -> dict[str, float]:
   """Returns KL(student || teacher) on texts of the student, exact at each token, and their tokens.
 
   Args:
+    get_config: Returns the config of a target.
     source: The student.
     seed: The seed of the texts.
     prompts: The prompts; the first OWN_TEXTS are used, for one text each.
@@ -86,7 +80,7 @@ def own_kl(source: str, seed: int, prompts: Path, folder: Path) -> dict[str, flo
   folder.mkdir(parents=True, exist_ok=True)
   lines = prompts.read_text().splitlines(keepends=True)[:OWN_TEXTS]
   (folder / "prompts.jsonl").write_text("".join(lines))
-  c = settings().get_config("live")
+  c = get_config("live")
   c.student.source, c.generate.prompts, c.seed = source, str(folder / "prompts.jsonl"), seed
   c.train.steps, c.train.batch_size, c.generate.batch_size = 1, len(lines), len(lines)
   resolved = config.resolve(c)
@@ -156,47 +150,49 @@ class Evidence:
 
   Args:
     folder: The folder; it is made if necessary.
+    config: The file of the config.
   """
 
-  def __init__(self, folder: Path):
-    self.folder, self.log = folder, folder / "log.txt"
+  def __init__(self, folder: Path, config: Path):
+    self.folder, self.config, self.log = folder, config, folder / "log.txt"
+    self.settings: Any = experiments.load_config(config)
     self.results = Results(folder, key_of)
 
-  def command(self, verb: str, target: str, workdir: Path, *flags: str) -> None:
+  def command(self, verb: str, target: str, workdir: str, *flags: str) -> None:
     """Runs a command in the folder; one that is finished does nothing."""
     flags = (f"--workdir={workdir}", *flags)
-    experiments.run_command(verb, f"{CONFIG}:{target}", *flags, folder=self.folder, log=self.log)
+    experiments.run_command(
+      verb, f"{self.config}:{target}", *flags, folder=self.folder, log=self.log
+    )
 
-  def once(self, verb: str, target: str, workdir: Path, *flags: str) -> None:
+  def once(self, verb: str, target: str, workdir: str) -> None:
     """Runs a command unless it has finished before, with any version of the code."""
     finished = self.folder / f"{workdir}.finished"
     if not finished.exists():  # a later version of the code has other config keys
       print(f"{verb} {workdir}", flush=True)
-      self.command(verb, target, workdir, *flags)
+      self.command(verb, target, workdir)
       finished.touch()
 
   def prepare(self) -> None:
-    """Makes what all runs share: problems, teacher, its answers and its records."""
-    base, root = Path(settings().BASE), Path(settings().ROOT)
-    if not (self.folder / base / "validation.jsonl").exists():
-      write_problems(self.folder / base)
-    for verb, name in zip(STEPS, FOLDERS, strict=True):
-      self.once(verb, "teacher", base / name)
-    self.once("train", "teacher", base / "same")
-    for verb, name in zip((*STEPS, "train"), (*FOLDERS, "start"), strict=True):
-      self.once(verb, "start", root / name)
+    """Makes what all runs share: problems, teacher, its answers and its records, and the start."""
+    script, problems = self.settings.PROBLEMS
+    if not (self.folder / problems / "validation.jsonl").exists():
+      line = [sys.executable, str(ROOT / "tools" / script), str(self.folder / problems)]
+      subprocess.run(line, check=True)
+    for verb, target, folder in self.settings.PREPARE:
+      self.once(verb, target, folder)
 
   def train(self, target: str, rate: float, seed: int) -> dict:
     """Returns the line of a run's training, which is made unless it is finished."""
     if found := self.results.done.get((TRAINED, target, rate, seed)):
       return found
-    name = Path(settings().ROOT) / f"{target}-{rate:g}-{seed}-{self.results.commit}"
+    name = f"{self.settings.RUNS}/{target}-{rate:g}-{seed}-{self.results.commit}"
     flags = f"--config.optim.peak_lr={rate}", f"--config.seed={seed}"
-    self.command("on_policy" if target in settings().ON_POLICY else "train", target, name, *flags)
-    about = training_of(self.folder / name)
-    return self.results.write(
-      what=TRAINED, target=target, rate=rate, seed=seed, run=str(name), **about
+    self.command(
+      "on_policy" if target in self.settings.ON_POLICY else "train", target, name, *flags
     )
+    about = training_of(self.folder / name)
+    return self.results.write(what=TRAINED, target=target, rate=rate, seed=seed, run=name, **about)
 
   def measure(self, what: str, target: str, rate: float, seed: int, run: str) -> dict:
     """Returns the line of a measurement, which is made unless it is finished.
@@ -210,12 +206,13 @@ class Evidence:
     """
     if found := self.results.done.get((what, target, rate, seed)):
       return found
-    base = Path(settings().BASE)
-    folder = Path(run) / f"{what.replace(' ', '_')}-{self.results.commit}"
-    problems = base / f"{VALIDATION if what == VALIDATION else HELDOUT}.jsonl"
+    folder = f"{run}/{what.replace(' ', '_')}-{self.results.commit}"
+    split = VALIDATION if what == VALIDATION else HELDOUT
+    problems = f"{self.settings.PROBLEMS[1]}/{split}.jsonl"
     if what == OWN:
       with contextlib.chdir(self.folder):  # the paths in the config of a run are relative
-        found = own_kl(f"run:{run}", seed, problems, self.folder / folder)
+        get_config, files = self.settings.get_config, (Path(problems), self.folder / folder)
+        found = own_kl(get_config, f"run:{run}", seed, *files)
     else:
       flags = [f"--config.teacher.source=run:{run}", f"--config.seed={seed}"]
       flags.append(f"--config.evaluate.samples={2 if what == VALIDATION else 4}")
@@ -245,7 +242,7 @@ class Evidence:
 
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
-    first = settings().RATES[target]
+    first = self.settings.RATES[target]
     return experiments.tune(RATES, first, lambda rate: self.validate(target, rate), best_of)
 
   def final(self, target: str, rate: float, seed: int) -> None:
@@ -257,26 +254,27 @@ class Evidence:
 
   def begin(self) -> None:
     """Measures the teacher and the start of the students."""
-    self.measure(HELDOUT, "teacher", 0.0, 0, str(Path(settings().BASE) / "same"))
+    self.measure(HELDOUT, "teacher", 0.0, 0, self.settings.TEACHER_RUN)
     for what in (HELDOUT, OWN):
-      self.measure(what, "start", 0.0, 0, str(Path(settings().ROOT) / "start"))
+      self.measure(what, "start", 0.0, 0, self.settings.START_RUN)
 
 
 def main() -> None:
   """Makes the runs that are missing, and prints the table."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("folder", type=Path)
-  parser.add_argument("--targets", default=DEFAULT)
+  parser.add_argument("--config", type=Path, default=ROOT / "configs" / "running_sums.py")
+  parser.add_argument("--targets", default="supervised,off_policy,rounds,live")
   args = parser.parse_args()
   folder = args.folder.resolve()
   compiled = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
   jax.config.update("jax_compilation_cache_dir", compiled)  # all commands share their programs
-  evidence = Evidence(folder)
+  evidence = Evidence(folder, args.config.resolve())
   evidence.prepare()
   evidence.begin()
 
   def validate_first(target: str) -> None:
-    evidence.validate(target, settings().RATES[target])
+    evidence.validate(target, evidence.settings.RATES[target])
 
   targets = [target for target in args.targets.split(",") if target]
   targets = experiments.first_look(targets, validate_first, evidence.log)

@@ -6,14 +6,15 @@ import on_policy_evidence as evidence
 import pytest
 from on_policy_table import HELDOUT, OWN, TRAINED, VALIDATION, table
 
-FIRST = evidence.settings().RATES["live"]
+CONFIG = evidence.ROOT / "configs" / "running_sums.py"
+FIRST = evidence.experiments.load_config(CONFIG).RATES["live"]
 
 
 class Fake(evidence.Evidence):
   """Runs that take no time, of which one rate is the best."""
 
   def __init__(self, folder, best):
-    super().__init__(folder)
+    super().__init__(folder, CONFIG)
     self.best, self.made = best, []
 
   def command(self, verb, target, workdir, *flags):
@@ -66,17 +67,17 @@ def test_equal_rates_keep_the_checkpoints_of_the_rate_that_is_chosen(tmp_path):
   made.final("live", evidence.RATES[evidence.RATES.index(FIRST) - 1], 0)
 
 
-def test_a_finished_command_is_not_run_again_and_an_unfinished_one_is(tmp_path, monkeypatch):
-  monkeypatch.setattr(evidence, "write_problems", lambda folder: None)
+def test_a_finished_command_is_not_run_again_and_an_unfinished_one_is(tmp_path):
   first = Fake(tmp_path, 0)
   first.prepare()
-  verbs = ["generate", "filter", "record"]
-  assert [verb for verb, _ in first.made] == [*verbs, "train"] * 2
-  (tmp_path / evidence.settings().ROOT / "filtered.finished").unlink()
-  (tmp_path / evidence.settings().ROOT / "filtered" / "checkpoints").rmdir()
+  prepared = [(verb, folder) for verb, _, folder in first.settings.PREPARE]
+  assert first.made == prepared
+  assert (tmp_path / first.settings.PROBLEMS[1] / "practice.jsonl").exists()
+  (tmp_path / f"{prepared[-1][1]}.finished").unlink()
+  (tmp_path / prepared[-1][1] / "checkpoints").rmdir()
   again = Fake(tmp_path, 0)
   again.prepare()
-  assert again.made == [("filter", f"{evidence.settings().ROOT}/filtered")]
+  assert again.made == prepared[-1:]
 
 
 def test_the_scores_of_problems_are_those_of_their_answers(tmp_path):
