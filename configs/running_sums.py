@@ -42,9 +42,8 @@ answers and the student's texts are sampled at temperature 1.
 from distill_jax import config
 
 RUN = RUNS = "runs/running_sums"
-TEACHER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
-STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-SHARED = {"vocab_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+# (width, width of the feed-forward, layers)
+TEACHER, STUDENT = (128, 384, 3), (64, 192, 2)
 # What tools/on_policy_evidence.py reads.
 PROBLEMS = ("running_sums.py", RUN)
 PREPARE = (
@@ -61,15 +60,26 @@ ON_POLICY = ("rounds", "live", "log_ratio")
 TARGETS = ("teacher", "start", *RATES)
 
 
+def set_shape(model, width, mlp, layers, heads=4):
+  """Sets the shape of a model with random weights."""
+  model.family, model.shape = "llama", "tiny"
+  model.changes = {
+    "vocab_size": 16,
+    "hidden_size": width,
+    "intermediate_size": mlp,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": heads,
+    "head_dim": width // heads,
+  }
+
+
 def get_config(target: str = "teacher"):
   if target not in TARGETS:
     raise ValueError(
       f"The target is {target!r}; expected {', '.join(TARGETS)}. Choose one of them."
     )
   c = config.base()
-  for model, shape in ((c.teacher, TEACHER), (c.student, STUDENT)):
-    model.family, model.shape = "llama", "tiny"
-    model.changes = {**SHARED, **shape, "head_dim": shape["hidden_size"] // 4}
   c.data.kind, c.data.tokenizer = "chat", f"{RUN}/tokenizer"
   c.data.seq_len, c.data.heldout_fraction = 32, 0.0
   c.records.heldout_sequences, c.train.heldout = 0, ()
@@ -77,11 +87,12 @@ def get_config(target: str = "teacher"):
   c.optim.warmup_steps, c.optim.end_fraction = 20, 0.1
 
   if target == "teacher":
-    c.student.changes = c.teacher.changes
+    set_shape(c.teacher, *TEACHER)  # its tokens are recorded, without computing anything
+    set_shape(c.student, *TEACHER)
     c.data.path, c.records.kind = f"{RUN}/taught.jsonl", "text"
     c.train.records = (f"{RUN}/taught",)
     c.losses.hard = config.loss("ce")
-    c.train.steps, c.optim.peak_lr = 1_500, 3e-3
+    c.train.steps, c.optim.peak_lr = 800, 3e-3
     return c
   c.teacher.source = f"run:{RUN}/teacher"
   g = c.generate
@@ -94,11 +105,12 @@ def get_config(target: str = "teacher"):
   c.data.path = f"{RUN}/filtered/kept"
   c.records.n, c.records.batch_size, c.train.records = 63, 128, (f"{RUN}/records",)
   c.losses = {"soft": config.loss("kd")}
-  c.train.steps = 200
   if target == "start":
-    c.optim.peak_lr = 2e-3
+    set_shape(c.student, *STUDENT)
+    c.train.steps, c.optim.peak_lr = 600, 2e-3
   else:
-    c.student.source, c.optim.peak_lr = f"run:{RUN}/start", RATES[target]
+    c.student.source = f"run:{RUN}/start"
+    c.train.steps, c.optim.peak_lr = 300, RATES[target]
   if target == "supervised":
     c.losses = {"hard": config.loss("ce")}
   if target in ON_POLICY:
