@@ -1,7 +1,7 @@
 """Compares four ways of distilling, from two models without weights to tables, in an hour.
 
 A prompt is "17+12+8+5+20=", and its answer the running totals "29 37 42 62"
-(tools/running_sums.py). A model that generates a wrong total goes on from it, on a text that no
+(tools/running_sums.py). A model that generates a wrong total continues from it, on a text that no
 correct answer has: what on-policy distillation is for. The models are small enough for two cores
 and three seeds, and no weights are needed. Everything runs by
 
@@ -12,7 +12,7 @@ or by hand:
   python tools/running_sums.py runs/running_sums
   C=configs/running_sums.py; R=runs/running_sums
 
-  distill-jax record    --config=$C             --workdir=$R/taught     # 60,000 correct answers
+  distill-jax record    --config=$C             --workdir=$R/corpus     # 60,000 correct answers
   distill-jax train     --config=$C             --workdir=$R/teacher    # 3 layers of width 128
   distill-jax generate  --config=$C:start       --workdir=$R/generated  # answers to 8,000 prompts
   distill-jax filter    --config=$C:start       --workdir=$R/filtered   # keeps correct answers
@@ -47,7 +47,7 @@ TEACHER, STUDENT = (128, 384, 3), (64, 192, 2)
 # What tools/on_policy_evidence.py reads.
 PROBLEMS = ("running_sums.py", RUN)
 PREPARE = (
-  ("record", "teacher", f"{RUN}/taught"),
+  ("record", "teacher", f"{RUN}/corpus"),
   ("train", "teacher", f"{RUN}/teacher"),
   ("generate", "start", f"{RUN}/generated"),
   ("filter", "start", f"{RUN}/filtered"),
@@ -89,8 +89,8 @@ def get_config(target: str = "teacher"):
   if target == "teacher":
     set_shape(c.teacher, *TEACHER)  # its tokens are recorded, without computing anything
     set_shape(c.student, *TEACHER)
-    c.data.path, c.records.kind = f"{RUN}/taught.jsonl", "text"
-    c.train.records = (f"{RUN}/taught",)
+    c.data.path, c.records.kind = f"{RUN}/corpus.jsonl", "text"
+    c.train.records = (f"{RUN}/corpus",)
     c.losses.hard = config.loss("ce")
     c.train.steps, c.optim.peak_lr = 800, 3e-3
     return c

@@ -7,7 +7,7 @@ it, so a model that generates its own totals meets texts that no correct answer 
 writes
 
   tokenizer/        a tokenizer with one token per character, and a chat template
-  taught.jsonl      60,000 chats with correct answers, for the teacher
+  corpus.jsonl      60,000 chats with correct answers, for the teacher
   practice.jsonl    8,000 prompts with their answers, for the students
   validation.jsonl  200 prompts, to choose the learning rates
   heldout.jsonl     500 prompts, to measure
@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models
 
 NUMBERS, LARGEST = 5, 20  # numbers in a sum, from 2 to LARGEST
-SIZES = {"taught": 60_000, "practice": 8_000, "validation": 200, "heldout": 500}
+SIZES = {"corpus": 60_000, "practice": 8_000, "validation": 200, "heldout": 500}
 EOS = "<eos>"
 TEMPLATE = (
   "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% else %}"
@@ -52,11 +52,11 @@ def problems(rng: random.Random) -> list[tuple[int, ...]]:
   return list(made)
 
 
-def line(numbers: tuple[int, ...], taught: bool) -> dict:
+def line(numbers: tuple[int, ...], as_chat: bool) -> dict:
   """Returns a problem as a chat with its answer, or as a prompt with its answer key."""
   prompt = "+".join(map(str, numbers)) + "="
   totals = [str(total) for total in itertools.accumulate(numbers)][1:]
-  if not taught:
+  if not as_chat:
     return {"prompt": prompt, "answer": totals[-1]}
   user = {"role": "user", "content": prompt}
   return {"messages": [user, {"role": "assistant", "content": " ".join(totals)}]}
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
   write_tokenizer(folder / "tokenizer")
   made = iter(problems(random.Random(0)))
   for name, count in SIZES.items():
-    rows = [line(numbers, name == "taught") for numbers in itertools.islice(made, count)]
+    rows = [line(numbers, name == "corpus") for numbers in itertools.islice(made, count)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
