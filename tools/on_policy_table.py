@@ -28,9 +28,12 @@ def _percent(number: _scores.Number) -> str:
   return f"{value:.1f}% ({low:.1f} to {high:.1f})"
 
 
-def _difference(ours: Sequence[dict[str, float]], others: Sequence[dict[str, float]]) -> str:
-  """Returns the difference of the means over seeds, with its interval over problems."""
-  pairs = list(zip(ours, others, strict=False))
+def _difference(ours: list[dict[str, float]], others: list[dict[str, float]]) -> str:
+  """Returns the mean over seeds of the difference, with its interval over problems.
+
+  A single other result, that of the start, is compared with all of ours.
+  """
+  pairs = list(zip(ours, others * len(ours) if len(others) == 1 else others, strict=False))
   of_seeds = [{i: a[i] - b[i] for i in a.keys() & b.keys()} for a, b in pairs]
   return _percent(_interval(of_seeds))
 
