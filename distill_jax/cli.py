@@ -28,6 +28,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # or read-on
 WITHOUT_WORKDIR = ("preflight",)  # writes nothing
 WITHOUT_LOCK = ("report",)  # reads a workdir that another command may be using
 WITHOUT_CONFIG = ("completion", "help")  # print a text
+OWN_CONFIG = ("distill",)  # makes a config from its flags, unless one is given
 HELP_FLAGS = ("--help", "-h", "-help")
 PYTHON = (3, 11)
 PACKAGES = {"jax": (0, 10, 2), "flax": (0, 12, 8)}  # the oldest versions, as in pyproject.toml
@@ -142,15 +143,15 @@ def _stop(code: int, message: str) -> int:
 def run(argv: list[str]) -> JsonObject:
   """Parses the command line and runs the command inside its workdir."""
   check_verb(argv[1])
+  if argv[1] in OWN_CONFIG and not any(arg.startswith("--config=") for arg in argv):
+    return run_configured(registry.load("commands", argv[1]), argv[:1] + argv[2:])
+  config = parse(argv[:1] + argv[2:])  # first, because the imports of a command take seconds
   from distill_jax import flags
   from distill_jax.runtime import compile_cache, distributed, storage
   from distill_jax.runtime.claim import claimed
   from distill_jax.runtime.workdir import Workdir
 
   command = registry.load("commands", argv[1])
-  if "configure" in vars(command) and not any(arg.startswith("--config=") for arg in argv):
-    return run_configured(command, argv[:1] + argv[2:])
-  config = parse(argv[:1] + argv[2:])
   writes = "needs_workdir" not in vars(command) or command.needs_workdir(config)
   if argv[1] in WITHOUT_WORKDIR or not writes:
     return command.run(config)

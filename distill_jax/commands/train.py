@@ -22,12 +22,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill_jax.config import Config
-from distill_jax.evals.in_training import Benchmarks
 from distill_jax.training import loop
 from distill_jax.types import JsonObject
 
 
 def run(config: Config, workdir: Path) -> JsonObject:
   """Trains the student; see `loop.train`, which evaluates it on train.eval_benchmarks too."""
-  benchmarks = Benchmarks(config, workdir) if config.train.eval_benchmarks else None
+  benchmarks = None
+  if config.train.eval_benchmarks:
+    from distill_jax.evals.in_training import Benchmarks  # imports all that generates texts
+
+    benchmarks = Benchmarks(config, workdir)
   return loop.train(config, workdir, benchmarks)

@@ -15,7 +15,7 @@ from distill_jax.config import Config
 from distill_jax.errors import InputError
 from distill_jax.nn import sharding
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.runtime import checkpoint, distributed, json_io, storage
+from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.types import Model, PyTree
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Run:
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256, in hex, of the checkpoint; for adapters, also of their base model."""
+    from distill_jax.runtime import checkpoint  # imports orbax, which other sources do not need
+
     trained = checkpoint.digest(self.folder, self.step)
     if not self.student.trainable.has_base:
       return trained
@@ -62,6 +64,8 @@ class Run:
 
   def restore(self, mesh: Mesh) -> PyTree:
     """Returns the trained parameters: a model, shared layers, or adapters."""
+    from distill_jax.runtime import checkpoint
+
     abstract = self.student.abstract_trainable
     shardings = sharding.shardings(abstract, mesh, self.student.compute.rules)
     return checkpoint.restore_params(

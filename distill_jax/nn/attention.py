@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError, bad_value, check_choice
-from distill_jax.nn import cudnn, dense, sharding, splash
+from distill_jax.nn import cudnn, dense, sharding
 
 KERNELS = ("auto", "xla", "splash", "cudnn", "cudnn_packed")
 GPU = ("gpu", "cuda")
@@ -103,9 +103,12 @@ def on_a_device(kernel: str) -> Callable[..., jax.Array]:
 
   All of them have the arguments that splash.attention documents, up to `chunk`.
   """
+  if kernel == "splash":
+    from distill_jax.nn import splash  # imports Pallas, which other devices do not need
+
+    return splash.attention
   functions: dict[str, Callable[..., jax.Array]] = {
     "xla": dense.attention,
-    "splash": splash.attention,
     "cudnn": functools.partial(dense.attention, implementation="cudnn"),
     "cudnn_packed": cudnn.attention,
   }

@@ -8,7 +8,6 @@ averaged, weighted by their use.
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from distill_jax.models import DecoderModel
 from distill_jax.nn import params
@@ -72,6 +71,8 @@ def _merge_layer(
 
 def align(layer: dict[str, np.ndarray], e: int, into: int) -> np.ndarray:
   """Returns the order [F] of expert e's channels that is most similar to expert `into`."""
+  from scipy.optimize import linear_sum_assignment  # its import takes 0.4 s
+
   ours = {name: np.asarray(w[e], np.float32) for name, w in layer.items()}
   theirs = {name: np.asarray(w[into], np.float32) for name, w in layer.items()}
   similarity_FF = sum(theirs[name].T @ ours[name] for name in ("gate", "up"))

@@ -1,4 +1,7 @@
-"""The best checkpoint of a run: every checkpoint names, in its metadata, the best one so far."""
+"""The best checkpoint of a run: every checkpoint names, in its metadata, the best one so far.
+
+`checkpoint` is imported where it is used: it imports orbax, which `report` does not need.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import checkpoint
 from distill_jax.types import JsonObject
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ def read(saves: ocp.CheckpointManager) -> JsonObject:
   It is {} without checkpoints, if the run has not evaluated yet or keeps no best checkpoint, or if
   that checkpoint was removed.
   """
+  from distill_jax.runtime import checkpoint
+
   last = saves.latest_step()
   found = None if last is None else checkpoint.read_metadata(saves, last).get(KEY)
   return found if found and found["step"] in saves.all_steps() else {}
@@ -32,6 +36,8 @@ def step_to_open(workdir: str | Path, best: bool) -> int:
   Raises:
     InputError: The run does not have one.
   """
+  from distill_jax.runtime import checkpoint
+
   with checkpoint.open_run(workdir) as saves:
     if not best:
       return checkpoint.existing_step(saves, None)

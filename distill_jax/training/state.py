@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +14,6 @@ from distill_jax.models import loading, runs
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records.student_rows import TEACHER
-from distill_jax.runtime import checkpoint, extras
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.outputs import OtherTokenizer, Teachers
 from distill_jax.training.step import Step
@@ -21,7 +21,7 @@ from distill_jax.training.stores import Stores, device_batches, teacher_manifest
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import JsonObject, Model, PyTree
 
-with extras.needed("train"):
+if TYPE_CHECKING:
   import orbax.checkpoint as ocp
 
 
@@ -81,6 +81,8 @@ def prepare(
   abstract = abstract_state(step, stores, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)
   if saves.latest_step() is not None:
+    from distill_jax.runtime import checkpoint  # imports orbax; preflight has no checkpoints
+
     placed = sharding.with_shardings(abstract, shardings)
     return TrainInputs(checkpoint.restore(saves, placed, metadata), teachers, base)
   trained = _start(student, base, mesh, keys)
