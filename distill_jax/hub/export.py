@@ -52,7 +52,7 @@ def export_model(
 
   See export_folder.py for what an interruption leaves. With `saved`, each process reads the
   tensors of its shards by slices from the checkpoint and holds a few parts of 64 MB; no model is
-  in memory. Without it, one tensor of the model at a time is on the host.
+  in memory. Without it, the host has one tensor of the model at a time and a few parts of 4 MB.
 
   Args:
     model: a family's Model, or its shapes with `saved`; its `config` is written to config.json.

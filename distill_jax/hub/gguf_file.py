@@ -207,7 +207,7 @@ class GGUFFile:
     e = source.stored
     index = index or (slice(None),) * len(source.shape)
     if source.values is not None:
-      return self._expanding(e, source.values).reshape(source.shape)[index]
+      return self._expanding(e, source.values, index)
     raw = self._map[e.begin : e.end]
     if len(e.shape) == 1:
       x = _dequantise(raw[None], e.kind)[0][index]
@@ -223,13 +223,19 @@ class GGUFFile:
       raw = raw[index[0]]
     return _dequantise(raw, e.kind)[:, index[1]]
 
-  def _expanding(self, keys: Stored, values: Stored) -> np.ndarray:
-    """Returns the rows that expand latents to keys and values of heads, [heads, rows, rank]."""
-    k, v = (
-      _dequantise(self._map[e.begin : e.end].reshape(math.prod(e.shape[:-1]), -1), e.kind)
-      for e in (keys, values)
-    )
-    return np.concatenate([k.reshape(keys.shape).swapaxes(1, 2), v.reshape(values.shape)], 1)
+  def _expanding(self, keys: Stored, values: Stored, index: Index) -> np.ndarray:
+    """Returns rows of the matrix that expands latents to the keys and values of heads."""
+    heads, rank, height = keys.shape[0], keys.shape[1], keys.shape[2] + values.shape[1]
+    rows = range(heads * height)[index[0]]
+    first, last = rows.start // height, -(-rows.stop // height)  # only their heads are dequantised
+
+    def dequantised(e: Stored) -> np.ndarray:
+      raw = self._map[e.begin : e.end].reshape(heads, e.shape[1], -1)[first:last]
+      return _dequantise(raw.reshape(-1, raw.shape[2]), e.kind).reshape(-1, *e.shape[1:])
+
+    of_heads = np.concatenate([dequantised(keys).swapaxes(1, 2), dequantised(values)], 1)
+    at = rows.start - first * height
+    return of_heads.reshape(-1, rank)[at : at + len(rows), index[1]]
 
   def config(self) -> JsonObject:
     """Returns the content of the Hugging Face config.json for this model."""

@@ -78,7 +78,7 @@ def load_model(
   whole = abstract(config)
   _check_overrides(overrides, whole)
   _check_tensors(pretrained.weights, whole, pretrained, overrides)
-  model = abstract(config.keep_layers(keep_layers) if keep_layers else config)
+  model = abstract(config.keep_layers(keep_layers)) if keep_layers else whole
   shardings, numpy_dtype = sharding.shardings(model, mesh, compute.rules), float_dtype(dtype)
   values = _random_params(family, model, shardings, overrides, numpy_dtype)
   named = zip(params.named_params(model), jax.tree.leaves(shardings), strict=True)

@@ -34,7 +34,7 @@ from distill_jax.hub.compressed import Scheme
 from distill_jax.hub.tensors import Constant, Encoded, Tensor, tensors_of
 from distill_jax.nn import grids, params
 from distill_jax.nn.quantise import QuantiseOptions, is_quantised
-from distill_jax.runtime import saved_arrays
+from distill_jax.runtime import distributed
 from distill_jax.types import JsonObject, PyTree
 
 # Heads that are linear layers in transformers, even where the embedding table is their weight.
@@ -155,7 +155,7 @@ def _encode(
   grid = QuantiseOptions(f"int{scheme.bits}", scheme.group)
   if trained.grid and trained != grid:
     x_RC = rounding.on_grid(name, x_RC, trained)
-  with jax.default_device(saved_arrays.host_device()):
+  with jax.default_device(distributed.host_device()):
     q_RC, scale_RG = map(np.asarray, _encode_rows(x_RC, grid.grid, grid.group))
   if not np.isfinite(scale_RG.astype(np.float32)).all():
     raise rounding.not_finite(name, x_RC, grid)

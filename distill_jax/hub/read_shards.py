@@ -1,8 +1,8 @@
 """Reads parameters from files on this machine in one process: for each device, what it holds.
 
 Rows are read again for each device that holds some of their columns, which the page cache makes
-cheap. Besides the parameters, host memory has two tensors of the checkpoint and, if the devices
-have their own memory, one shard.
+cheap. A tensor is read and transposed in blocks of a few megabytes, which caches hold. Besides the
+parameters, host memory has two blocks and, if the devices have their own memory, one shard.
 """
 
 from __future__ import annotations
@@ -84,16 +84,20 @@ class _Filler:
     shape = tuple(stop - start for start, stop in spans)
     out = _aligned_empty(shape, declared.dtype_of(v, self.dtype))
     layout, loops = declared.Layout(v), len(declared.loop_axes(v))
-    cut = layout.cut(index[loops:])
+    whole = index[loops:]
 
     def read_tensor(named: tuple[str, tuple[int, ...]]) -> int:
       name, loop_index = named
       within: tuple[Any, ...] = tuple(
         i - start for i, (start, _) in zip(loop_index, spans, strict=False)
       )
-      part = out[(*within, ...)]  # with the ellipsis, a view even of a single number
-      layout.to_ours(self.weights.read(name, cut.stored), cut, part)
-      return part.nbytes
+      tensor = out[(*within, ...)]  # with the ellipsis, a view even of a single number
+      for part in layout.row_parts(declared.BLOCK, whole):
+        cut = layout.cut(part)
+        pairs = zip(part, whole, strict=True)
+        at: tuple[Any, ...] = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in pairs)
+        layout.to_ours(self.weights.read(name, cut.stored), cut, tensor[(*at, ...)])
+      return tensor.nbytes
 
     for nbytes in self.pool.map(read_tensor, declared.tensors(v, index, self.keep_layers)):
       self.progress.add(nbytes)

@@ -9,7 +9,7 @@ from distill_jax.errors import InputError
 from distill_jax.hub.tensors import Encoded, Tensor, check_overflow
 from distill_jax.nn import grids
 from distill_jax.nn.quantise import QuantiseOptions, is_quantised
-from distill_jax.runtime.saved_arrays import host_device
+from distill_jax.runtime.distributed import host_device
 
 _on_grid = jax.jit(grids.on_grid, static_argnums=(1, 2))
 

@@ -1,8 +1,9 @@
 """The tensors of the files that are written, from memory or from a run's checkpoint.
 
 A tensor is computed in parts: in the layout of the file and in its order, so that one part after
-the other is written. From memory it has one part, the tensor. From a checkpoint a part has at most
-PART_BYTES, read by slices, so that no process holds a model, nor one of its embeddings.
+the other is written. From memory a part has about declared.BLOCK elements, which caches hold. From
+a checkpoint it has at most PART_BYTES, read by slices, so that no process holds a model, nor one of
+its embeddings.
 
 A file consists of FileTensors: of Tensors, which have the values of the parameters, of Encoded
 tensors, which are computed from these part by part, and of Constants.
@@ -16,7 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -196,7 +197,14 @@ class InMemory:
   def reads(self, tensor: Tensor, sums: Sums) -> Iterator[Callable[[], Finish]]:
     del sums
     # Only this tensor is copied to the host.
-    yield lambda: lambda: tensor.to_stored(_to_host(tensor.param[...], tensor.loop_index))
+    whole = functools.cache(lambda: _to_host(tensor.param[...], tensor.loop_index))
+
+    def start(index: tuple[slice, ...]) -> Finish:
+      at: tuple[Any, ...] = (*index, ...)  # with the ellipsis, an array even of a single number
+      return lambda: tensor.to_stored(whole()[at])
+
+    for index in tensor.layout.row_parts(declared.BLOCK):
+      yield functools.partial(start, index)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -277,3 +278,12 @@ class Preemption:
       kept: What is saved, as a clause, e.g. "finished shards are kept".
     """
     return Preempted(f"{verb} received SIGTERM; {kept}. Run the same command again to continue.")
+
+
+@functools.cache
+def host_device() -> jax.Device:
+  """Returns the host's CPU, or the first device where jax does not use the CPU."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return jax.local_devices()[0]

@@ -24,6 +24,7 @@ from distill_jax.errors import InputError, Unavailable
 from distill_jax.runtime import remote_files, retries
 from distill_jax.runtime.remote_files import FileInfo, Range
 from distill_jax.runtime.retries import retry
+from distill_jax.runtime.synced_file import SyncedFile
 
 STREAM_BYTES = 8 * 2**20  # size of one request of `open_read`
 PART_BYTES = 16 * 2**20  # size of one part of an upload; S3 allows 10,000 parts
@@ -181,16 +182,16 @@ def open_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """A context manager that yields a stream to write a file of any size.
 
   The file appears when the block ends; after an exception it does not. A URL is uploaded in parts
-  of PART_BYTES while it is written, so memory does not grow with the file and no disk is used.
+  of PART_BYTES while it is written, so memory does not grow with it. A local file is on disk then.
   """
   if (local := _local(path)) is not None:
     local.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(local)
     try:
-      with part.open("wb") as f:
+      with SyncedFile(part) as raw, io.BufferedWriter(raw) as f:
         yield f
         f.flush()
-        os.fsync(f.fileno())
+        raw.sync()
       part.replace(local)
     finally:
       part.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ chunk, whose rest the next slice needs), and the chunks in flight. Nothing grows
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax.runtime import checkpoint, extras, orbax_s3
+from distill_jax.runtime import checkpoint, distributed, extras, orbax_s3
 from distill_jax.types import JsonObject
 
 with extras.needed("train"):
@@ -85,7 +84,7 @@ class SavedArrays:
       with checkpoint.reading(self._saves, self._step):
         x = future.result()
       start = np.array([s.start for s in index], np.uint32)
-      with jax.default_device(host_device()):
+      with jax.default_device(distributed.host_device()):
         add(sums, {path: [int(n) for n in np.asarray(checkpoint.part_sums(x, start))]})
       return x
 
@@ -142,15 +141,6 @@ def add(sums: Sums, more: Sums) -> None:
   for path, values in more.items():
     before = sums.get(path, [0, 0])
     sums[path] = [(a + b) % 2**32 for a, b in zip(before, values, strict=True)]
-
-
-@functools.cache
-def host_device() -> jax.Device:
-  """Returns the host's CPU, or the first device where jax does not use the CPU."""
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:
-    return jax.local_devices()[0]
 
 
 def _kvstore(folder: str) -> JsonObject:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny_checkpoints import CONFIG, tensors, torch_shapes, write_folder
 
 from distill_jax.errors import InputError
-from distill_jax.hub import export, export_folder, load
+from distill_jax.hub import declared, export, export_folder, load
 from distill_jax.hub.pretrained import open_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import FLOATS
@@ -20,6 +20,12 @@ from distill_jax.nn import layers, params, sharding
 
 HOW = layers.ComputeConfig()
 EXTRA = {"tokenizer": None, "generation": {}, "card": "# card\n"}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks so small that each tensor has several, the last of another size."""
+  monkeypatch.setattr(declared, "BLOCK", 900)
 
 
 def model_of(folder, mesh=None):

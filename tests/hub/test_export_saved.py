@@ -13,7 +13,7 @@ from tiny_checkpoints import CONFIG
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.hub import export, export_folder, tensors
+from distill_jax.hub import declared, export, export_folder, tensors
 from distill_jax.models import llama
 from distill_jax.nn import layers, params, quantise, sharding
 from distill_jax.nn.quantise import QuantiseOptions
@@ -56,6 +56,7 @@ def small_parts(monkeypatch):
   """Parts and chunks so small that each tensor has several, which do not end together."""
   monkeypatch.setattr(tensors, "PART_BYTES", 1500)
   monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 700)
+  monkeypatch.setattr(declared, "BLOCK", 200)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

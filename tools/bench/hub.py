@@ -1,14 +1,18 @@
-"""Compares import and export with load and save of transformers, for the same model.
+"""Compares import and export with transformers for the same model, and export with a plain copy.
 
-  python tools/bench/hub.py [--layers=16] [--rounds=3] [--folder=DIR]
+  python tools/bench/hub.py [--layers=16] [--rounds=3] [--folder=DIR] [--only=import|export]
 
 The model is a llama of width 2,048 in bfloat16 with random weights (16 layers: 1.2 billion
-parameters, 2.4 GB), written once as a folder with several shards. Each side runs in a separate
-process, in turn; for both, the files are in the page cache. Import ends when the bfloat16
-parameters can be used, export when the folder is synced to disk. `*_ratio_to_transformers` is our
-speed over theirs, the median over rounds. `*_peak_extra_bytes` is the peak of resident memory in
-addition to the memory at the start and the parameters; mapped files count. The last line is a JSON
-object.
+parameters, 2.4 GB), written once as a folder with several shards, which stay in the page cache.
+
+Import ends when the bfloat16 parameters can be used; imports of Python modules of the model count.
+Each import is a separate process, in turn. Export ends when the folder is synced to disk: after
+transformers' `save_pretrained` and after the copy, each file and the folder are synced. Exports
+are made in one process, in turn.
+
+`*_ratio_to_*` is our speed over theirs by wall time and `*_cpu_ratio_to_*` by CPU time of the
+process, the median over rounds. `*_peak_extra_bytes` is the peak of resident memory in addition to
+the memory at the start and the parameters; mapped files count. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
-CONTESTANTS = ("ours", "transformers")
+LOADERS = ("ours", "transformers")
+SAVERS = (*LOADERS, "copy")
 DTYPE = "bfloat16"
 
 
@@ -75,61 +80,112 @@ def memory(field: str) -> int:
 
 
 class Measured:
-  """A context manager that measures seconds and the increase of peak resident memory."""
+  """A context manager that measures wall time, CPU time, and the increase of peak memory."""
 
   def __enter__(self):
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    self.before, self._start = memory("VmRSS"), time.perf_counter()
+    self._before, self._cpu, self._start = memory("VmRSS"), time.process_time(), time.perf_counter()
     return self
 
   def __exit__(self, *_):
     self.seconds = time.perf_counter() - self._start
-    self.peak = memory("VmHWM") - self.before
+    self.cpu = time.process_time() - self._cpu
+    self.peak = memory("VmHWM") - self._before
+
+  def figures(self) -> dict[str, float]:
+    return {"seconds": self.seconds, "cpu": self.cpu, "peak": self.peak}
 
 
-def ours(source: Path, target: Path) -> tuple[Measured, Measured]:
+def our_model(source: Path):
   import jax
 
-  from distill_jax.hub import export, load
+  from distill_jax.hub import load
   from distill_jax.hub.pretrained import open_model
   from distill_jax.nn import sharding
   from distill_jax.nn.layers import ComputeConfig
 
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  with Measured() as read:
+  with Measured() as measured:
     model = load.load_model(open_model(str(source)), mesh, ComputeConfig(dtype=DTYPE), DTYPE)
     jax.block_until_ready(model)
-  with Measured() as wrote:
-    export.export_model(model, target, tokenizer=None, generation={}, card="", dtype=DTYPE)
-  return read, wrote
+  return model, measured
 
 
-def theirs(source: Path, target: Path) -> tuple[Measured, Measured]:
+def their_model(source: Path):
   import torch
   import transformers
 
-  with Measured() as read:
+  with Measured() as measured:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for p in model.parameters():  # reads the weights, which are mapped files
       p.data = p.data.clone()
-  with Measured() as wrote:
-    model.save_pretrained(target, max_shard_size="5GB")
-    os.sync()
-  return read, wrote
+  return model, measured
 
 
-def contest(name: str, source: Path, target: Path) -> None:
-  read, wrote = (ours if name == "ours" else theirs)(source, target)
-  print(
-    json.dumps(
-      {
-        "import.seconds": read.seconds,
-        "import.peak": read.peak,
-        "export.seconds": wrote.seconds,
-        "export.peak": wrote.peak,
-      }
-    )
-  )
+def sync(folder: Path) -> None:
+  """Syncs each file of a folder, and the folder."""
+  for path in (*folder.iterdir(), folder):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def exports(source: Path, target: Path, rounds: int) -> list[dict[str, dict[str, float]]]:
+  """Returns the figures of each saver in each round."""
+  from distill_jax.hub import export
+
+  ours, theirs = our_model(source)[0], their_model(source)[0]
+
+  def save(name: str) -> None:
+    if name == "ours":
+      export.export_model(ours, target, tokenizer=None, generation={}, card="", dtype=DTYPE)
+    elif name == "transformers":
+      theirs.save_pretrained(target, max_shard_size="5GB")
+      sync(target)
+    else:
+      shutil.copytree(source, target)
+      sync(target)
+
+  rows = []
+  for i in range(-1, rounds):  # the first is not measured
+    row = {}
+    for name in SAVERS[:: 1 if i % 2 else -1]:
+      with Measured() as measured:
+        save(name)
+      row[name] = measured.figures()
+      shutil.rmtree(target)
+    rows.append(row)
+  return rows[1:]
+
+
+def imports(source: Path, rounds: int) -> list[dict[str, dict[str, float]]]:
+  """Returns the figures of each loader in each round, by processes."""
+  rows = []
+  for i in range(rounds):
+    row = {}
+    for name in LOADERS[:: 1 if i % 2 else -1]:
+      line = [sys.executable, __file__, "--load", name, str(source)]
+      done = subprocess.run(line, stdout=subprocess.PIPE, check=True, text=True)
+      row[name] = json.loads(done.stdout.splitlines()[-1])
+    rows.append(row)
+  return rows
+
+
+def summary(what: str, rows: list[dict[str, dict[str, float]]], size: int) -> dict[str, float]:
+  """Returns the figures of import or export over the rounds."""
+  figures: dict[str, float] = {}
+  for name in rows[0]:
+    for key in ("seconds", "cpu"):
+      median = statistics.median(row[name][key] for row in rows)
+      figures[f"{name}.{what}_gb_per_{key.removesuffix('s')}"] = size / 1e9 / median
+    # The bytes of the parameters themselves are not counted for the import.
+    extra = max(row[name]["peak"] for row in rows) - (size if what == "import" else 0)
+    figures[f"{name}.{what}_peak_extra_bytes"] = extra
+  for name in rows[0].keys() - {"ours"}:
+    for key, text in (("seconds", ""), ("cpu", "cpu_")):
+      ratio = statistics.median(row[name][key] / row["ours"][key] for row in rows)
+      figures[f"{what}_{text}ratio_to_{name}"] = ratio
+  return figures | {f"{what}_peak_extra_bytes": figures[f"ours.{what}_peak_extra_bytes"]}
 
 
 def main() -> None:
@@ -137,35 +193,23 @@ def main() -> None:
   parser.add_argument("--layers", type=int, default=16)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--folder", help="the folder for the files; default: a temporary folder")
-  parser.add_argument("--contest", nargs=3, help=argparse.SUPPRESS)
+  parser.add_argument("--only", choices=("import", "export"))
+  parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
-  if args.contest:
-    contest(args.contest[0], Path(args.contest[1]), Path(args.contest[2]))
+  if args.load:
+    loader = our_model if args.load[0] == "ours" else their_model
+    print(json.dumps(loader(Path(args.load[1]))[1].figures()))
     return
+  figures: dict[str, float] = {}
   with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     source, target = Path(folder) / "source", Path(folder) / "target"
     write_source(source, shape(args.layers))
     size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
-    for i in range(args.rounds):
-      for name in CONTESTANTS[:: 1 if i % 2 else -1]:
-        line = [sys.executable, __file__, "--contest", name, str(source), str(target)]
-        done = subprocess.run(line, stdout=subprocess.PIPE, check=True, text=True)
-        rows[name].append(json.loads(done.stdout.splitlines()[-1]))
-        shutil.rmtree(target)
-  figures: dict[str, float] = {"gigabytes": size / 1e9}
-  for what in ("import", "export"):
-    # The bytes of the parameters themselves are not counted for the import.
-    made = size if what == "import" else 0
-    for name in CONTESTANTS:
-      seconds = statistics.median(r[f"{what}.seconds"] for r in rows[name])
-      extra = max(r[f"{what}.peak"] for r in rows[name]) - made
-      figures |= {f"{name}.{what}_gb_per_second": size / 1e9 / seconds}
-      figures |= {f"{name}.{what}_peak_extra_bytes": extra}
-    pairs = zip(*(rows[name] for name in CONTESTANTS), strict=True)
-    ratios = [b[f"{what}.seconds"] / a[f"{what}.seconds"] for a, b in pairs]
-    figures |= {f"{what}_ratio_to_transformers": statistics.median(ratios)}
-    figures |= {f"{what}_peak_extra_bytes": figures[f"ours.{what}_peak_extra_bytes"]}
+    figures["gigabytes"] = size / 1e9
+    if args.only != "export":
+      figures |= summary("import", imports(source, args.rounds), size)
+    if args.only != "import":
+      figures |= summary("export", exports(source, target, args.rounds), size)
   for key, value in figures.items():
     print(f"{key:44}{value:18,.3f}")
   print(f"load {os.getloadavg()[0]:.1f}")
