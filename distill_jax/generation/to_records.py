@@ -21,7 +21,7 @@ from distill_jax.errors import bad_value
 from distill_jax.generation.finished import Place
 from distill_jax.generation.journal import SampleJournal
 from distill_jax.models.loading import ModelSource
-from distill_jax.records import codec, example_wire, recorder
+from distill_jax.records import bits, codec, example_wire, recorder
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, RecordSpec
 from distill_jax.records.manifest import Manifest
@@ -249,7 +249,8 @@ def _targets(fields: Mapping[str, bytes], positions: int, spec: RecordSpec) -> R
 
   Numbers that are stored as float16 are rounded; encoding them again gives the same bytes.
   """
-  read = codec.decode_targets(fields, np.ones(positions, bool), spec)
+  targets = codec.decode_targets(bits.join([fields]), np.ones((1, positions), bool), spec)
+  read = {name: x_1[0] for name, x_1 in targets.items()}
   scalars = {f.record: read[f.read] for f in spec.scalars}
   if spec.kind == "labels":
     return scalars

@@ -14,6 +14,7 @@ That saves 1.2 of 40 bytes, but tokens would depend on targets, so it is not don
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import bits, elias_fano, numbers
+from distill_jax.records.bits import Joined
+from distill_jax.records.entry_layout import EntryLayout
 from distill_jax.records.fields import (
   ARGMAX,
   ENTRIES,
@@ -112,34 +115,61 @@ def _given_entries(
   return ids, M_S, counts
 
 
-def decode_targets(fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec) -> Record:
-  """Decodes the targets of a sequence, padded to n entries and T positions.
+def decode_targets(fields: Mapping[str, Joined], mask_BT: np.ndarray, spec: RecordSpec) -> Record:
+  """Decodes the targets of several sequences, padded to n entries and T positions.
 
   Args:
-    fields: The bytes of each stored field, from `encode_targets`.
-    mask_T: bool, True at positions with targets.
+    fields: The bytes of each stored field, from `encode_targets`, of all sequences.
+    mask_BT: bool, True at positions with targets.
     spec: The contents of a record.
 
   Returns:
     ids_TK int32 (ascending), argmax_T int32, label_logp_T float32; if stored, entropy_T float32 and
     logp_TK float32 (-inf in unused entries); for "sampled", weight_TK float32 (counts over n); for
-    "labels", only label_logp_T and entropy_T. Where mask_T is not set, all are 0 (logp_TK is -inf).
+    "labels", only label_logp_T and entropy_T. All have a first axis, B, of the sequences. Where
+    mask_BT is not set, all are 0 (logp_TK is -inf).
 
   Raises:
     InputError: The fields are inconsistent.
   """
-  scalars = decode_scalars(fields["scalars"], mask_T, spec.scalars)
+
+  at_S, S_B = np.flatnonzero(mask_BT), np.count_nonzero(mask_BT, axis=1).tolist()
+  scalars = decode_scalars(fields["scalars"], mask_BT, spec.scalars)
   if spec.kind == "labels":
     return scalars
-  head = _Head.of(fields["head"])
-  layout = _layout(head, fields, mask_T, spec)
-  ids_E = _ids(head, fields, layout, spec)
-  slot_S, argmax_S = _argmax(head, fields, layout, ids_E)
-  out = {
-    IDS.read: layout.padded(ids_E, IDS.dtype),
-    ARGMAX.read: layout.spread(argmax_S, ARGMAX.dtype),
-  }
-  return out | _values(fields, layout, slot_S, spec) | scalars
+  head = _Heads.of(fields["head"].parts)
+  numbers.whole("positions", head.positions_B, S_B)
+  # If every position has all ids as entries, their ids need not be decoded.
+  is_full = spec.n == spec.vocab_size and head.entries_B == [n * spec.n for n in S_B]
+  if is_full:
+    M_S = np.full(len(at_S), spec.n)
+  else:
+    M_S = fields["lengths"].unpack(bits.width(spec.n), S_B).astype(np.int64)
+    M_S += 1
+    if len(M_S) and (found := int(M_S.max())) > spec.n:
+      raise InputError(f"A position has {found} entries; expected at most {spec.n}.")
+  layout = EntryLayout.of((*mask_BT.shape, spec.n), S_B, at_S, M_S)
+  numbers.whole("entries", head.entries_B, layout.entries_B)
+  if is_full:
+    ids_E = np.tile(np.arange(spec.n, dtype=np.uint32), len(at_S))
+  else:
+    ids_E = elias_fano.decode_ids(fields["high"], fields["low"], head.tables_B, layout)
+  entry_S, argmax_S = _argmax(fields["argmax"], head, layout, ids_E)
+  for ids in (ids_E, argmax_S):
+    if len(ids) and (found := int(ids.max())) >= spec.vocab_size:
+      raise InputError(f"An id is {found}; expected ids below {spec.vocab_size}.")
+  out = {IDS.read: layout.padded(ids_E.view(IDS.dtype))}
+  out[ARGMAX.read] = np.zeros(mask_BT.shape, ARGMAX.dtype)
+  out[ARGMAX.read].reshape(-1)[at_S] = argmax_S
+  if spec.kind == "sampled":
+    counts_E = elias_fano.decode_counts(fields["counts"], entry_S, layout, spec.n)
+    out[WEIGHT.read] = layout.padded(_weights(spec.n)[counts_E])
+  if spec.has_logp:
+    logp = fields["logp"]
+    numbers.whole("bytes of logp", logp.size_B, [2 * n for n in layout.entries_B])
+    logp_E = np.frombuffer(logp.data, "<f2").astype(LOGP.dtype)
+    out[LOGP.read] = layout.padded(logp_E, LOGP.empty)
+  return out | scalars
 
 
 def encode_scalars(seq: Record, stored: Sequence[Field]) -> bytes:
@@ -153,165 +183,77 @@ def encode_scalars(seq: Record, stored: Sequence[Field]) -> bytes:
   return b"".join(numbers.half(np.asarray(seq[f.record])[seq["mask_T"]], f.record) for f in stored)
 
 
-def decode_scalars(data: bytes, mask_T: np.ndarray, stored: Sequence[Field]) -> Record:
-  """Returns the fields from `encode_scalars`, float32 [T], 0 where mask_T is not set.
+def decode_scalars(data: Joined, mask_BT: np.ndarray, stored: Sequence[Field]) -> Record:
+  """Returns the fields from `encode_scalars` of several sequences, float32 [B, T].
+
+  They are 0 where mask_BT is not set.
 
   Raises:
     InputError: The number of bytes is not that of these fields.
   """
-  at_S = np.flatnonzero(mask_T)
-  elias_fano.whole("bytes of scalars", len(data), 2 * len(at_S) * len(stored))
-  out, numbers_FS = {}, np.frombuffer(data, "<f2").reshape(len(stored), len(at_S))
-  for field, values_S in zip(stored, numbers_FS, strict=True):
-    out[field.read] = np.zeros(len(mask_T), field.dtype)
-    out[field.read][at_S] = values_S
+  S_B, count = np.count_nonzero(mask_BT, axis=1).tolist(), len(stored)
+  numbers.whole("bytes of scalars", data.size_B, [2 * S * count for S in S_B])
+  out, halves = {}, np.frombuffer(data.data, "<f2")
+  for i, field in enumerate(stored):
+    firsts = [start // 2 + i * S for start, S in zip(data.start_B, S_B, strict=True)]
+    parts = [halves[first : first + S] for first, S in zip(firsts, S_B, strict=True)]
+    out[field.read] = np.zeros(mask_BT.shape, field.dtype)
+    out[field.read][mask_BT] = np.concatenate(parts)
   return out
 
 
-class _Head(NamedTuple):
-  """The counts at the beginning of a record.
+class _Heads(NamedTuple):
+  """The counts at the beginning of several records.
 
   Attributes:
-    positions: Number of positions with targets, S.
-    entries: Number of entries of all positions, E.
-    strays: Number of positions whose argmax is not among their entries.
-    pieces: uint8, log2 sizes of the pieces of the id space.
+    positions_B: Number of positions with targets.
+    entries_B: Number of entries of all positions.
+    strays_B: Number of positions whose argmax is not among their entries.
+    tables_B: uint8, log2 sizes of the pieces of the id space.
   """
 
-  positions: int
-  entries: int
-  strays: int
-  pieces: np.ndarray
+  positions_B: list[int]
+  entries_B: list[int]
+  strays_B: list[int]
+  tables_B: list[bytes]
 
   @classmethod
-  def of(cls, data: bytes) -> _Head:
-    elias_fano.whole("bytes of head", len(data[:16]), 16)
-    positions, entries, strays, pieces = struct.unpack_from("<IIII", data)
-    elias_fano.whole("pieces", len(data) - 16, pieces)
-    return cls(positions, entries, strays, np.frombuffer(data, np.uint8, pieces, 16))
-
-
-class EntryLayout(NamedTuple):
-  """The layout of a sequence's entries: concatenated as stored, and padded as read.
-
-  Attributes:
-    T: Number of positions of the padded array.
-    K: Number of entries per position of the padded array.
-    at_S: Positions with entries.
-    M_S: Number of entries of each of them.
-    starts_S: Index of the first entry of each of them, among all E.
-    ends_S: Index after the last entry of each of them.
-    place_E: Index of each entry in the flattened padded array.
-  """
-
-  T: int
-  K: int
-  at_S: np.ndarray
-  M_S: np.ndarray
-  starts_S: np.ndarray
-  ends_S: np.ndarray
-  place_E: np.ndarray
-
-  @classmethod
-  def of(cls, T: int, K: int, at_S: np.ndarray, M_S: np.ndarray) -> EntryLayout:
-    ends_S = np.cumsum(M_S)
-    starts_S = ends_S - M_S
-    place_E = np.repeat(at_S * K - starts_S, M_S)
-    place_E += np.arange(len(place_E))
-    return cls(T, K, at_S, M_S, starts_S, ends_S, place_E)
-
-  @property
-  def entries(self) -> int:
-    """Number of entries of all positions, E."""
-    return len(self.place_E)
-
-  def padded(
-    self, values_E: np.ndarray, dtype: np.typing.DTypeLike, empty: float = 0
-  ) -> np.ndarray:
-    """Returns values of entries as a padded array [T, K]."""
-    out = np.full(self.T * self.K, empty, dtype) if empty else np.zeros(self.T * self.K, dtype)
-    out[self.place_E] = values_E
-    return out.reshape(self.T, self.K)
-
-  def spread(self, values_S: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
-    """Returns values of positions as an array [T], 0 at positions without targets."""
-    out = np.zeros(self.T, dtype)
-    out[self.at_S] = values_S
-    return out
-
-
-def _layout(
-  head: _Head, fields: Mapping[str, bytes], mask_T: np.ndarray, spec: RecordSpec
-) -> EntryLayout:
-  at_S, S = np.flatnonzero(mask_T), head.positions
-  elias_fano.whole("positions", S, len(at_S))
-  if _is_full(head, spec):
-    M_S = np.full(S, spec.n)
-  else:
-    M_S = bits.unpack(fields["lengths"], bits.width(spec.n), S).astype(int) + 1
-  elias_fano.whole("entries", head.entries, int(M_S.sum()))
-  return EntryLayout.of(len(mask_T), spec.n, at_S, M_S)
-
-
-def _is_full(head: _Head, spec: RecordSpec) -> bool:
-  """Returns True if every position has all ids as entries."""
-  return head.entries == head.positions * spec.n == head.positions * spec.vocab_size
-
-
-def _ids(
-  head: _Head, fields: Mapping[str, bytes], layout: EntryLayout, spec: RecordSpec
-) -> np.ndarray:
-  """Returns the id of each entry."""
-  if _is_full(head, spec):
-    ids_E = np.tile(np.arange(spec.n), head.positions)
-  else:
-    ids_E = elias_fano.decode_ids(fields, head.pieces, layout.M_S, layout.starts_S, layout.ends_S)
-  if layout.entries and int(ids_E.max()) >= spec.vocab_size:
-    raise InputError(f"An id is {ids_E.max()}; expected ids below {spec.vocab_size}.")
-  return ids_E
+  def of(cls, fields: Sequence[bytes]) -> _Heads:
+    numbers.whole("bytes of head", [len(data[:16]) for data in fields], [16] * len(fields))
+    counts = zip(*[struct.unpack_from("<4I", data) for data in fields], strict=True)
+    positions_B, entries_B, strays_B, pieces_B = map(list, counts)
+    numbers.whole("pieces", [len(data) - 16 for data in fields], pieces_B)
+    return cls(positions_B, entries_B, strays_B, [data[16:] for data in fields])
 
 
 def _argmax(
-  head: _Head, fields: Mapping[str, bytes], layout: EntryLayout, ids_E: np.ndarray
+  field: Joined, head: _Heads, layout: EntryLayout, ids_E: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns, for each position, the index of the argmax's entry among all E, and its id.
 
   For strays, whose argmax is not an entry, these are an entry with the largest count, and the id
   that is stored separately.
   """
-  data, S = fields["argmax"], head.positions
-  slot_bits = bits.widths(layout.M_S)
-  slot_bytes = (int(slot_bits.sum(dtype=np.int64)) + 7) // 8
-  elias_fano.whole("bytes of argmax", len(data), slot_bytes + 8 * head.strays)
-  slot_S = bits.unpack(data[:slot_bytes], slot_bits, S)
-  elias_fano.whole("argmax slots", int((slot_S < layout.M_S).sum()), S)
-  entry_S = slot_S + layout.starts_S
+  after_B = [8 * n for n in head.strays_B]
+  slot_S = field.unpack_widths(bits.widths(layout.M_S), layout.positions_B, after_B)
+  if (slot_S >= layout.M_S).any():
+    raise InputError("The argmax of a position is not among its entries.")
+  entry_S = slot_S + layout.start_S
   argmax_S = ids_E[entry_S]
-  if head.strays:
-    stray = np.frombuffer(data, "<u4", 2 * head.strays, slot_bytes)
-    argmax_S[stray[: head.strays]] = stray[head.strays :]
+  for b, n in enumerate(head.strays_B):
+    if n:
+      end, first = field.start_B[b] + field.size_B[b], sum(layout.positions_B[:b])
+      position, ids = np.frombuffer(field.data, "<u4", 2 * n, end - 8 * n).reshape(2, n)
+      if position.max() >= layout.positions_B[b]:
+        raise InputError("A stray argmax is at a position that its record does not have.")
+      argmax_S[first + position] = ids
   return entry_S, argmax_S
 
 
-def _values(
-  fields: Mapping[str, bytes], layout: EntryLayout, argmax_entry_S: np.ndarray, spec: RecordSpec
-) -> Record:
-  """Returns the weights of sampled entries, and log-probabilities if stored."""
-  out, E = {}, layout.entries
-  if spec.kind == "sampled":
-    counts_E = elias_fano.decode_counts(
-      fields["counts"], argmax_entry_S, layout.starts_S, E, spec.n
-    )
-    out[WEIGHT.read] = layout.padded(_weights(spec.n)[counts_E], WEIGHT.dtype)
-  if spec.has_logp:
-    elias_fano.whole("bytes of logp", len(fields["logp"]), 2 * E)
-    logp_E = np.frombuffer(fields["logp"], "<f2")
-    out[LOGP.read] = layout.padded(logp_E, LOGP.dtype, LOGP.empty)
-  return out
-
-
+@functools.cache
 def _weights(n: int) -> np.ndarray:
-  return (np.arange(n + 1) / n).astype(np.float32)
+  """Returns the weight of each count."""
+  return (np.arange(n + 1) / n).astype(WEIGHT.dtype)
 
 
 def _first_of_runs(ids_SN: np.ndarray) -> np.ndarray:

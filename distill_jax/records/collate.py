@@ -20,6 +20,7 @@ from distill_jax.nn.sharding import Rows
 from distill_jax.records import fields, taps
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
+from distill_jax.records.stacked import Stacked
 from distill_jax.types import Batch, Inputs, Recorded, Rollout, Targets, Tree
 
 # Makes a batch without targets, given a function from a field's name to the field [B, ...].
@@ -42,7 +43,7 @@ def collate(
   """
 
   def stack(name: str) -> np.ndarray:
-    return np.stack([record[name] for record in records])
+    return _stack(records, name)
 
   recorded = recorded or Recorded()
   batch = (read or _packed)(stack)
@@ -85,7 +86,7 @@ def _packed(stack: Callable[[str], np.ndarray]) -> Batch:
 def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targets:
   """Returns the targets of one teacher, whose fields have a prefix (see MultiTeacherStore)."""
   stored: dict[str, Any] = {
-    f.batch: _stack_padded([r[prefix + f.read] for r in records], f.empty)
+    f.batch: _stack(records, prefix + f.read, f.empty)
     for f in fields.PREDICTED
     if prefix + f.read in records[0]
   }
@@ -193,8 +194,15 @@ def local_rows(x: jax.Array, index_B: np.ndarray) -> np.ndarray:
   return np.concatenate(chosen)
 
 
-def _stack_padded(arrays: list[np.ndarray], fill: float) -> np.ndarray:
-  if arrays[0].ndim == 1:
+def _stack(records: Sequence[Record], name: str, empty: float = 0) -> np.ndarray:
+  """Returns a field of all records, with as many entries as the largest of them."""
+  if isinstance(records, Stacked):
+    return records.arrays[name]
+  arrays = [record[name] for record in records]
+  if len({x.shape for x in arrays}) == 1:
     return np.stack(arrays)
-  K = max(a.shape[1] for a in arrays)
-  return np.stack([np.pad(a, ((0, 0), (0, K - a.shape[1])), constant_values=fill) for a in arrays])
+  K = max(x.shape[1] for x in arrays)
+  out = np.full((len(arrays), len(arrays[0]), K), empty, arrays[0].dtype)
+  for padded, x in zip(out, arrays, strict=True):
+    padded[:, : x.shape[1]] = x
+  return out

@@ -23,19 +23,23 @@ N = 63, V = 49,152, an entropy of 2.56 nats and 20.7 entries per token:
 
 A token then takes 39.9 bytes of payload, including its own id and the float16 scalars; 3 bytes per
 entry plus 6 would be 68. With ids at random over V = 151,936 it takes 30 bytes for 10.3 entries and
-38 bytes for 13.5. Decoding into padded arrays takes 0.25 microseconds per token on one idle core,
-i.e. 4 million tokens per second. A fifth of it is spent on unary planes, a fifth on low bits.
+38 bytes for 13.5. tools/bench/records_io.py measures the speed of decoding. Its bound is the number
+of passes of numpy over the entries: two unary planes, a cumulative sum of widths, three gathers of
+pieces and low bits, and a scatter into each padded array. Measured one by one with arrays in the
+cache, all passes add up to 0.27 microseconds per token of 13.5 entries, the planes to a quarter.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records import bits
+from distill_jax.records import bits, numbers
+from distill_jax.records.bits import Joined
+from distill_jax.records.entry_layout import EntryLayout
 
 
 def encode(
@@ -141,67 +145,79 @@ def _argmax_slot(
 
 
 def decode_ids(
-  fields: Mapping[str, bytes],
-  table: np.ndarray,
-  M_S: np.ndarray,
-  starts_S: np.ndarray,
-  ends_S: np.ndarray,
+  high: Joined, low: Joined, tables_B: Sequence[bytes], layout: EntryLayout
 ) -> np.ndarray:
-  """Returns the id of each entry.
+  """Returns the id of each entry of several records, uint32.
 
   Args:
-    fields: The bytes of each stored field, from `encode`.
-    table: log2 sizes of the pieces of the id space.
-    M_S: See codec.EntryLayout.
-    starts_S: See codec.EntryLayout.
-    ends_S: See codec.EntryLayout.
+    high: The stored field "high".
+    low: The stored field "low".
+    tables_B: uint8, log2 sizes of the pieces of the id space of each record.
+    layout: The layout of the entries.
 
   Raises:
     InputError: The fields are inconsistent.
   """
-  E = int(ends_S[-1]) if len(ends_S) else 0
-  place = bits.ones(fields["high"])
-  whole("bucket marks", len(place), E)
-  if not E:
-    return np.zeros(0, np.int64)
-  # The one of entry e is at (number of bits before the position) + bucket + e.
-  before_S = np.append(0, place[ends_S[:-1] - 1] + 1)
-  place -= np.repeat(before_S - starts_S, M_S)
-  place -= np.arange(E)
-  size = np.int64(1) << table.astype(np.int64)
-  ids = bits.unpack(fields["low"], table[place], E)
-  ids += (np.cumsum(size) - size).astype(np.uint32)[place]
+  place = high.ones("bucket marks", layout.entries_B)
+  if not len(place):
+    return np.zeros(0, np.uint32)
+  before_S = np.zeros_like(layout.end_S)  # number of bits before the position
+  before_S[1:] = place[layout.end_S[:-1] - 1]
+  before_S[1:] += 1
+  log_size = np.frombuffer(b"".join(tables_B), np.uint8).astype(np.uint32)
+  size = np.int64(1) << log_size
+  base = np.cumsum(size) - size
+  pieces_S: np.ndarray | int = len(log_size)
+  if len(tables_B) > 1:  # every record has its own plane and table, which are joined
+    pieces_B, S_B = [len(table) for table in tables_B], layout.positions_B
+    first_B = numbers.starts(pieces_B)
+    for first, start, S in zip(numbers.starts(S_B), high.start_B, S_B, strict=True):
+      if S:
+        before_S[first] = 8 * start
+    before_S -= np.repeat(first_B, S_B)
+    pieces_S = np.repeat(np.cumsum(pieces_B), S_B)
+    base -= np.repeat(np.append(0, np.cumsum(size))[first_B], pieces_B)
+  # The one of entry e is at before_S + bucket + its number in the position, which layout.place_E
+  # counts from row_S on.
+  before_S -= layout.row_S
+  place -= layout.place_E
+  place -= np.repeat(before_S, layout.M_S)
+  if (place[layout.end_S - 1] >= pieces_S).any():
+    raise InputError("An entry is in a piece of the id space that its record does not have.")
+  ids = low.unpack_widths(log_size[place], layout.entries_B)
+  ids += base.astype(np.uint32)[place]
   return ids
 
 
 def decode_counts(
-  data: bytes, argmax_entry_S: np.ndarray, starts_S: np.ndarray, E: int, n: int
+  field: Joined, argmax_entry_S: np.ndarray, layout: EntryLayout, n: int
 ) -> np.ndarray:
-  """Returns the count of each of E entries.
+  """Returns the count of each entry of several records, int64.
 
   Args:
-    data: The stored field "counts".
-    argmax_entry_S: Index of the argmax's entry of each position.
-    starts_S: See codec.EntryLayout.
-    E: Number of entries.
+    field: The stored field "counts".
+    argmax_entry_S: Index of the argmax's entry of each position, among all entries.
+    layout: The layout of the entries.
     n: Number of sampled points per position.
 
   Raises:
     InputError: The counts are inconsistent.
   """
-  place = bits.ones(data)
-  whole("count marks", len(place), E - len(starts_S))
-  others = np.ones(E, bool)
-  others[argmax_entry_S] = False
-  counts = np.zeros(E, np.int64)
-  counts[others] = np.diff(place, prepend=-1)
-  counts[argmax_entry_S] = n - np.add.reduceat(counts, starts_S) if E else 0
-  if E and counts.min() < 1:
-    raise InputError(f"The counts of a position add up to more than {n}, the number of points.")
+  both = zip(layout.entries_B, layout.positions_B, strict=True)
+  others_B = [entries - positions for entries, positions in both]
+  place = field.ones("count marks", others_B)
+  others = np.empty_like(place)
+  np.subtract(place[1:], place[:-1], out=others[1:])
+  for first, start, n_others in zip(numbers.starts(others_B), field.start_B, others_B, strict=True):
+    if n_others:
+      others[first] = place[first] + 1 - 8 * start
+  E = len(layout.place_E)
+  counts, is_other = np.zeros(E, np.int64), np.ones(E, bool)
+  is_other[argmax_entry_S] = False
+  counts[is_other] = others
+  if E:
+    rest_S = n - np.add.reduceat(counts, layout.start_S)
+    if rest_S.min() < 1:
+      raise InputError(f"The counts of a position add up to more than {n}, the number of points.")
+    counts[argmax_entry_S] = rest_S
   return counts
-
-
-def whole(noun: str, found: int, want: int) -> None:
-  """Raises InputError if the number of something in a record is not the expected one."""
-  if found != want:
-    raise InputError(f"A record has {found} {noun}; expected {want}.")

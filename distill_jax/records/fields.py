@@ -50,22 +50,22 @@ class Field:
   class_ids: bool = False
   scalar: bool = False
 
-  @property
+  @functools.cached_property
   def device(self) -> str:
     """The name in a batch on the device."""
     return f"{self.name}_B{self.axes}"
 
-  @property
+  @functools.cached_property
   def record(self) -> str:
     """The name in a record to be written."""
     return f"{self.name}_{self.axes}"
 
-  @property
+  @functools.cached_property
   def read(self) -> str:
     """The name in a record that is read."""
     return f"{self.name}_{self.read_axes}"
 
-  @property
+  @functools.cached_property
   def batch(self) -> str:
     """The name as an attribute of types.Targets."""
     return f"{self.name}_B{self.read_axes}"

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
-import numpy as np
-
 from distill_jax.errors import InputError
 from distill_jax.records.fields import WITHOUT_TARGETS, Record
+from distill_jax.records.stacked import Stacked
 from distill_jax.records.store import Store
 
 # Manifest fields that must be equal in the stores of all teachers.
@@ -72,19 +71,15 @@ class MultiTeacherStore:
   def __getitem__(self, index: SupportsIndex) -> Record:
     return self.read_many([index])[0]
 
-  def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
+  def read_many(self, indices: Sequence[SupportsIndex]) -> Stacked:
     """Returns the records of some indices."""
-    records = self.first.read_many(indices)
-    out = [dict(record) for record in records]
-    ids = self.manifest.ids_name
+    arrays, ids = dict(self.first.read_many(indices).arrays), self.manifest.ids_name
     for name, store in self.others.items():
-      for index, ours, theirs, row in zip(
-        indices, records, store.read_many(indices), out, strict=True
-      ):
-        if not np.array_equal(theirs[ids], ours[ids]):
-          raise InputError(
-            f"The text of sequence {index} differs between {store.folder} and {self.folder}. "
-            "Record again."
-          )
-        row |= {f"{name}/{key}": x for key, x in theirs.items() if key not in WITHOUT_TARGETS}
-    return out
+      theirs = store.read_many(indices).arrays
+      if arrays and (differs_B := (theirs[ids] != arrays[ids]).any(1)).any():
+        raise InputError(
+          f"The text of sequence {indices[int(differs_B.argmax())]} differs between "
+          f"{store.folder} and {self.folder}. Record again."
+        )
+      arrays |= {f"{name}/{key}": x for key, x in theirs.items() if key not in WITHOUT_TARGETS}
+    return Stacked(arrays)

@@ -1,6 +1,9 @@
-"""Checks of numbers before they are stored."""
+"""Checks of numbers before they are stored, and of the sizes of stored fields."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,3 +43,21 @@ def finite(x: np.ndarray, name: str) -> None:
       f"{name} is {x[~np.isfinite(x)][0]} at a position with targets; expected finite numbers. "
       "Check the teacher."
     )
+
+
+def whole(noun: str, found_B: Sequence[int], want_B: Sequence[int]) -> None:
+  """Raises InputError if the number of something in a record is not the expected one.
+
+  Args:
+    noun: What is counted.
+    found_B: The number in each record.
+    want_B: The expected number in each record.
+  """
+  if found_B != want_B:
+    found, want = next((a, b) for a, b in zip(found_B, want_B, strict=True) if a != b)
+    raise InputError(f"A record has {found} {noun}; expected {want}.")
+
+
+def starts(count_B: Sequence[int]) -> list[int]:
+  """Returns the index of the first of each record's things, which are joined in order."""
+  return [0, *itertools.accumulate(count_B[:-1])]

@@ -27,6 +27,6 @@ class PackedRows(Sequence):
     indices = range(self._len)[index]
     return self.read_many(indices) if isinstance(index, slice) else self._store[indices]
 
-  def read_many(self, indices: Sequence[int]) -> list[Record]:
+  def read_many(self, indices: Sequence[int]) -> Sequence[Record]:
     """Returns some rows, in the order of their indices."""
     return self._store.read_many(indices)

@@ -59,7 +59,7 @@ class Corpus:
   retargeted: JsonObject = dataclasses.field(default_factory=dict)
   rollout: JsonObject = dataclasses.field(default_factory=dict)
 
-  def read(self, indices: Sequence[int]) -> list[Record]:
+  def read(self, indices: Sequence[int]) -> Sequence[Record]:
     """Returns some rows, in the order of their indices. Packed rows are read at once."""
     rows = self.rows
     if isinstance(rows, PackedRows | StudentRows):

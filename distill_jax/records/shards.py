@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from distill_jax.records.manifest import Manifest, Shard
 from distill_jax.runtime import files
 
 INDEXED_RECORDS = 2**22  # up to this number of records, indices are kept in memory: 64 MB
-OPEN_READERS = 16  # shards of short records that are open at once
+OPEN_SHARDS = 16  # shards of short records that are open at once
+WHOLE_BYTES = 2**24  # a shard with at most this size of short records is kept in memory
+ERRORS = RuntimeError, ValueError, IndexError  # of array_record and of an index
 Place = tuple[Shard, int]  # a shard, and the index of a record in the store
 
 
@@ -106,8 +108,10 @@ class IndexedShards:
 class GroupedShards:
   """Short records, 64 of which share a compressed chunk, read through array_record.
 
-  At most OPEN_READERS shards are open. The shards of a URL are copied to a temporary folder when
-  they are first needed: 36 bytes per record, e.g. 46 MB for the 1.28 million labels of ImageNet.
+  A shard whose records take at most WHOLE_BYTES is read as a whole when it is first needed: reading
+  records in any order decompresses a chunk for each. At most OPEN_SHARDS shards are open. The
+  shards of a URL are copied to a temporary folder when they are first needed: 36 bytes per record,
+  e.g. 46 MB for the 1.28 million labels of ImageNet.
 
   Args:
     folder: The folder or URL of the store.
@@ -115,7 +119,7 @@ class GroupedShards:
 
   def __init__(self, folder: str | Path):
     self._folder = folder
-    self._readers: OrderedDict[str, array_record_module.ArrayRecordReader] = OrderedDict()
+    self._open: OrderedDict[str, Callable[[int], bytes]] = OrderedDict()  # by name of the shard
     self._copies: tempfile.TemporaryDirectory | None = None
     self._lock = threading.Lock()
 
@@ -125,22 +129,25 @@ class GroupedShards:
     Raises:
       InputError: A shard is damaged or cannot be read.
     """
-    records = []
-    for shard, i in places:
-      reader = self._reader(shard)
-      with _damaged(self._folder, shard, i):
-        records.append(reader.read([i - shard.first])[0])
-    return records
+    try:
+      return [self._reader(shard)(i - shard.first) for shard, i in places]
+    except ERRORS:
+      for shard, i in places:  # one by one, so that the error names the record
+        with _damaged(self._folder, shard, i):
+          self._reader(shard)(i - shard.first)
+      raise
 
-  def _reader(self, shard: Shard) -> array_record_module.ArrayRecordReader:
+  def _reader(self, shard: Shard) -> Callable[[int], bytes]:
+    """Returns a function from the index of a record in a shard to the record."""
     with self._lock:
-      if shard.name not in self._readers:
+      if shard.name not in self._open:
         with _damaged(self._folder, shard):
-          self._readers[shard.name] = shard_index.open_shard(self._local(shard), shard.count)
-        if len(self._readers) > OPEN_READERS:
-          self._readers.popitem(last=False)  # closed when no thread uses it
-      self._readers.move_to_end(shard.name)
-      return self._readers[shard.name]
+          reader = shard_index.open_shard(self._local(shard), shard.count)
+        self._open[shard.name] = _whole(reader) or (lambda i: reader.read([i])[0])
+        if len(self._open) > OPEN_SHARDS:
+          self._open.popitem(last=False)  # closed when no thread uses it
+      self._open.move_to_end(shard.name)
+      return self._open[shard.name]
 
   def _local(self, shard: Shard) -> Path:
     """Returns the local shard, or a copy of it."""
@@ -234,12 +241,20 @@ def fetch(folder: str | Path, shard: Shard, copy: Path) -> Path:
   return part.replace(copy)
 
 
+def _whole(reader: array_record_module.ArrayRecordReader) -> Callable[[int], bytes] | None:
+  """Returns a function that returns a record from memory; None for a large or damaged shard."""
+  with contextlib.suppress(*ERRORS):
+    if len(reader.read([0])[0]) * reader.num_records() <= WHOLE_BYTES:
+      return reader.read_all().__getitem__
+  return None
+
+
 @contextlib.contextmanager
 def _damaged(folder: str | Path, shard: Shard, i: int | None = None) -> Iterator[None]:
   """Turns errors of array_record and of an index into InputErrors that name shard and record."""
   try:
     yield
-  except (RuntimeError, ValueError, IndexError) as e:
+  except ERRORS as e:
     if isinstance(e, InputError):
       raise
     where = "" if i is None else f" at record {i}"

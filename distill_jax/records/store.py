@@ -15,6 +15,7 @@ from distill_jax.records import formats, shards, tf_example
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard, Taps
+from distill_jax.records.stacked import Stacked
 from distill_jax.records.writer import Writer
 from distill_jax.runtime import files
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
 __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open_store"]
-AT_ONCE = 32  # records that `verify` reads and decodes at once
+POSITIONS_AT_ONCE = 8192  # positions that are decoded at once
 
 
 class RecordSource(Protocol):
@@ -64,26 +65,43 @@ class Store:
   def __getitem__(self, index: SupportsIndex) -> Record:
     return self.read_many([index])[0]
 
-  def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
+  def read_many(self, indices: Sequence[SupportsIndex]) -> Stacked:
     """Returns the records of some indices. Records of a URL are read at once, not in turn.
 
     Raises:
       InputError: A record is damaged or cannot be read.
     """
-    numbers = [index.__index__() for index in indices]
-    places = [(self._shard_of(i), i) for i in numbers]
-    data = self._shards.read(places)
-    return [self._decode(*place, x) for place, x in zip(places, data, strict=True)]
+    places = self._places([index.__index__() for index in indices])
+    data, parts = self._shards.read(places), []
+    for first in range(0, len(places), self._at_once):
+      part = slice(first, first + self._at_once)
+      parts.append(self._decode(places[part], data[part]))
+    return Stacked.joined(parts)
 
-  def _shard_of(self, i: int) -> Shard:
-    if not 0 <= i < len(self):
-      raise IndexError(f"Record {i} is not in a store of {len(self)} records.")
-    return self.manifest.shards[int(np.searchsorted(self._firsts, i, side="right")) - 1]
+  @property
+  def _at_once(self) -> int:
+    """Number of records that are decoded at once."""
+    return max(1, POSITIONS_AT_ONCE // self.manifest.seq_len)
 
-  def _decode(self, shard: Shard, i: int, data: bytes) -> Record:
+  def _places(self, indices: Sequence[int]) -> list[shards.Place]:
+    """Returns the shard of each index, and the index."""
+    total = len(self)
+    for i in indices:
+      if not 0 <= i < total:
+        raise IndexError(f"Record {i} is not in a store of {total} records.")
+    numbers = np.searchsorted(self._firsts, indices, side="right") - 1
+    return [(self.manifest.shards[n], i) for n, i in zip(numbers.tolist(), indices, strict=True)]
+
+  def _decode(self, places: Sequence[shards.Place], data: Sequence[bytes]) -> Stacked:
+    """Decodes records at once; if that fails, one by one, so that the error names the record."""
     try:
-      return tf_example.decode(i, tf_example.parse(data), self.manifest)
+      fields = tf_example.parse_many(data)
+      return tf_example.decode_many([i for _, i in places], fields, self.manifest)
     except InputError as e:
+      if len(places) > 1:
+        alone = zip(places, data, strict=True)
+        return Stacked.joined([self._decode([place], [record]) for place, record in alone])
+      shard, i = places[0]
       raise InputError(
         f"{files.join(self.folder, shard.name)} is damaged at record {i} ({str(e).rstrip('.')}). "
         "Delete it and run `record` again."
@@ -140,8 +158,10 @@ class Store:
           f"{shard.sha256[:12]}. Delete it and run `record` again."
         )
       end = shard.first + shard.count
-      for first in range(shard.first, end, AT_ONCE):
-        for i, _ in enumerate(self.read_many(range(first, min(first + AT_ONCE, end))), first):
+      for first in range(shard.first, end, self._at_once):
+        stop = min(first + self._at_once, end)
+        self.read_many(range(first, stop))
+        for i in range(first, stop):
           if progress is not None:
             progress(i + 1, len(self))
 

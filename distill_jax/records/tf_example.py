@@ -8,16 +8,30 @@ store or under another name is detected on reading.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from distill_jax.errors import InputError
 from distill_jax.records import codec, taps, token_codec
-from distill_jax.records.example_wire import parse, serialize
+from distill_jax.records.bits import Joined, join
+from distill_jax.records.example_wire import parse, parse_many, serialize
 from distill_jax.records.fields import WITHOUT_ENTRIES, Record
 from distill_jax.records.manifest import Manifest
+from distill_jax.records.stacked import Stacked
 
-__all__ = ["FIELDS", "decode", "encode", "key", "names", "parse", "segments", "serialize"]
+__all__ = [
+  "FIELDS",
+  "decode",
+  "decode_many",
+  "encode",
+  "key",
+  "names",
+  "parse",
+  "parse_many",
+  "segments",
+  "serialize",
+]
 
 FIELDS = {
   "key": "8 bytes of the manifest's digest, then the sequence's number, little-endian uint64",
@@ -90,36 +104,48 @@ def encode(index: int, seq: Record, m: Manifest) -> dict[str, bytes]:
   return fields
 
 
-def decode(index: int, fields: dict[str, bytes], m: Manifest) -> Record:
-  """Decodes a sequence.
+def decode(index: int, fields: Mapping[str, bytes], m: Manifest) -> Record:
+  """Decodes a sequence; see `decode_many`."""
+  return decode_many([index], join([fields]), m)[0]
+
+
+def decode_many(indices: Sequence[int], fields: Mapping[str, Joined], m: Manifest) -> Stacked:
+  """Decodes some sequences at once.
 
   Args:
-    index: Index of the sequence in the store.
-    fields: The bytes of each feature, by name.
+    indices: Index of each sequence in the store.
+    fields: The bytes of each feature, by name, of all sequences.
     m: The manifest of the store.
 
   Raises:
-    InputError: The record is damaged, or is not the one with this index in this store.
+    InputError: A record is damaged, or is not the one with its index in this store.
   """
-  if sorted(fields) != sorted(names(m)):
-    raise InputError(f"The record has the fields {sorted(fields)}; expected {sorted(names(m))}.")
-  if fields["key"] != key(index, m):
-    tag, number = fields["key"][:8], int.from_bytes(fields["key"][8:], "little")
+  if fields.keys() != (expected := set(names(m))):
+    raise InputError(f"The record has the fields {sorted(fields)}; expected {sorted(expected)}.")
+  expected_keys = [key(index, m) for index in indices]
+  if fields["key"].data != b"".join(expected_keys):
+    keys = zip(indices, fields["key"].parts, expected_keys, strict=True)
+    index, found = next((index, found) for index, found, want in keys if found != want)
+    tag, number = found[:8], int.from_bytes(found[8:], "little")
     raise InputError(
       f"The record has the index {number} and the tag {tag.hex()}; expected {index} and "
       f"{m.tag.hex()}."
     )
   decode_ids = token_codec.decode_labels if m.labels else token_codec.decode_tokens
-  seq = decode_ids(fields[_ids_feature(m)], m.spec)
+  arrays = decode_ids(fields[_ids_feature(m)], m.seq_len, m.spec)
+  mask_BT = arrays["mask_T"]
   if m.kind != "text":
-    seq |= codec.decode_targets(fields, seq["mask_T"], m.spec)
+    arrays |= codec.decode_targets(fields, mask_BT, m.spec)
   if m.spec.rollout:
-    seq |= codec.decode_scalars(fields["rollout"], seq["mask_T"], m.spec.rollout_scalars)
+    arrays |= codec.decode_scalars(fields["rollout"], mask_BT, m.spec.rollout_scalars)
+  segments_BT = segments(arrays, m)
   if m.smoothing:
-    seq["smoothing_T"] = token_codec.decode_smoothing(fields["smoothing"], segments(seq, m))
+    rows = zip(fields["smoothing"].parts, segments_BT, strict=True)
+    arrays["smoothing_T"] = np.stack([token_codec.decode_smoothing(*row) for row in rows])
   if m.taps is not None:
-    seq |= taps.decode(fields["taps"], seq["segments_T"], m.taps)
-  return seq
+    rows = zip(fields["taps"].parts, segments_BT, strict=True)
+    arrays |= Stacked.of([taps.decode(*row, m.taps) for row in rows]).arrays
+  return Stacked(arrays)
 
 
 def key(index: int, m: Manifest) -> bytes:

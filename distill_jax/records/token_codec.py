@@ -10,7 +10,8 @@ import struct
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.records import bits, elias_fano, numbers
+from distill_jax.records import bits, numbers
+from distill_jax.records.bits import Joined
 from distill_jax.records.fields import Record, RecordSpec
 
 
@@ -57,33 +58,53 @@ def _encode_ids(
   )
 
 
-def decode_tokens(data: bytes, spec: RecordSpec) -> Record:
-  """Decodes tokens_T (int32), segments_T (int32) and mask_T (bool).
+def decode_tokens(field: Joined, T: int, spec: RecordSpec) -> Record:
+  """Decodes tokens_T (int32), segments_T (int32) and mask_T (bool) of several records.
+
+  Args:
+    field: The bytes of all records, from `encode_tokens`.
+    T: Number of tokens of a record.
+    spec: The contents of a record.
+
+  Returns:
+    The fields, with a first axis of the records.
 
   Raises:
     InputError: The data are inconsistent.
   """
-  elias_fano.whole("bytes of head", len(data[:8]), 8)
-  T, runs = struct.unpack_from("<II", data)
-  token_bits = bits.width(spec.vocab_size)
-  a, b = 8 + 4 * runs, 8 + 7 * runs
-  elias_fano.whole("tokens", len(data), b + (T * token_bits + 7) // 8)
-  starts = np.frombuffer(data, "<u4", runs, 8)
-  ends = np.append(starts[1:], T).astype(np.int64)
-  both = np.repeat(bits.unpack(data[a:b], 24, runs), ends - starts)
-  tokens = bits.unpack(data[b:], token_bits, T).view(np.int32)
-  if T and tokens.max() >= spec.vocab_size:
-    raise InputError(f"A token id is {tokens.max()}; expected ids below {spec.vocab_size}.")
+  fields, token_bits = field.parts, bits.width(spec.vocab_size)
+  B = len(fields)
+  numbers.whole("bytes of head", [len(data[:8]) for data in fields], [8] * B)
+  T_B, runs_B = map(list, zip(*[struct.unpack_from("<II", data) for data in fields], strict=True))
+  numbers.whole("tokens", T_B, [T] * B)
+  after = (T * token_bits + 7) // 8
+  sizes = [8 + 7 * n + after for n in runs_B]
+  numbers.whole("bytes of tokens", field.size_B, sizes)
+  starts = b"".join([data[8 : 8 + 4 * n] for data, n in zip(fields, runs_B, strict=True)])
+  runs = [data[8 + 4 * n : 8 + 7 * n] for data, n in zip(fields, runs_B, strict=True)]
+  tokens = [data[8 + 7 * n :] for data, n in zip(fields, runs_B, strict=True)]
+  # The runs of all records, one record after another.
+  first_B = range(0, B * T, T)
+  starts_R = np.frombuffer(starts, "<u4") + np.repeat(first_B, runs_B)
+  lengths_R = np.append(starts_R[1:], B * T) - starts_R
+  begins_B = starts_R[numbers.starts(runs_B)].tolist() if min(runs_B) else []
+  if begins_B != [*first_B] or lengths_R.min() < 1:
+    raise InputError("The runs of a record are inconsistent.")
+  both_R = Joined.of(runs).unpack(24, runs_B)
+  tokens_X = Joined.of(tokens).unpack(token_bits, T_B).view(np.int32)
+  if tokens_X.max() >= spec.vocab_size:
+    raise InputError(f"A token id is {tokens_X.max()}; expected ids below {spec.vocab_size}.")
+  shape = B, T
   return {
-    "tokens_T": tokens,
-    "segments_T": (both >> 1).astype(np.int32),
-    "mask_T": (both & 1).astype(bool),
+    "tokens_T": tokens_X.reshape(shape),
+    "segments_T": np.repeat((both_R >> 1).astype(np.int32), lengths_R).reshape(shape),
+    "mask_T": np.repeat((both_R & 1).astype(bool), lengths_R).reshape(shape),
   }
 
 
-def decode_labels(data: bytes, spec: RecordSpec) -> Record:
-  """Decodes labels_T (int32) and mask_T (bool)."""
-  seq = decode_tokens(data, spec)
+def decode_labels(field: Joined, T: int, spec: RecordSpec) -> Record:
+  """Decodes labels_T (int32) and mask_T (bool), as `decode_tokens`."""
+  seq = decode_tokens(field, T, spec)
   return {"labels_T": seq["tokens_T"], "mask_T": seq["mask_T"]}
 
 
@@ -111,6 +132,6 @@ def decode_smoothing(data: bytes, segments_T: np.ndarray) -> np.ndarray:
   """Decodes smoothing_T, float32 [T]; 0 in padding."""
   present, at_T = np.unique(segments_T, return_inverse=True)
   padding = int(0 in present)
-  elias_fano.whole("bytes of smoothing", len(data), 2 * (len(present) - padding))
+  numbers.whole("bytes of smoothing", [len(data)], [2 * (len(present) - padding)])
   x_S = np.frombuffer(data, "<f2").astype(np.float32)
   return np.concatenate([np.zeros(padding, np.float32), x_S])[at_T]

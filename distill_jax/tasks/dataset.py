@@ -26,6 +26,7 @@ from distill_jax.records.fields import CLASS_IDS, TASK, WITHOUT_TARGETS, Record
 from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recorder import Corpus
+from distill_jax.records.stacked import Stacked
 from distill_jax.tasks._base import Stack, Task, TaskSource
 from distill_jax.types import IN_BATCH_CLASSES, Batch
 
@@ -151,29 +152,29 @@ class RecordedTask(Sequence):
       return [self[i] for i in range(*index.indices(len(self)))]
     return self.read_many([operator.index(index)])[0]
 
-  def read_many(self, indices: Sequence[int]) -> list[Record]:
+  def read_many(self, indices: Sequence[int]) -> Stacked:
     """Returns the rows of some indices."""
-    records = self._records.read_many(indices) if self._records else [{} for _ in indices]
-    return [self._joined(i, record) for i, record in zip(indices, records, strict=True)]
-
-  def _joined(self, index: int, record: Record) -> Record:
-    """Returns an example with its recorded targets."""
-    row = dict(self.examples[index])
+    arrays = Stacked.of([self.examples[i] for i in indices]).arrays
     if self._records is not None:
-      if not all(np.array_equal(record[name], row[name]) for name in TASK):
-        raise InputError(
-          f"The labels of row {index} differ from those recorded in {self._records.folder}: the "
-          "task's data has changed. Record again."
-        )
-      row |= {name: x for name, x in record.items() if name not in WITHOUT_TARGETS}
-    return row if self.class_range is None else _in_shared_head(row, self.class_range)
+      records = self._records.read_many(indices).arrays
+      for name in TASK if arrays else ():
+        if (differs_B := (records[name] != arrays[name]).any(1)).any():
+          raise InputError(
+            f"The labels of row {indices[int(differs_B.argmax())]} differ from those recorded in "
+            f"{self._records.folder}: the task's data has changed. Record again."
+          )
+      arrays |= {name: x for name, x in records.items() if name not in WITHOUT_TARGETS}
+    if self.class_range is not None:
+      arrays = _in_shared_head(arrays, self.class_range)
+    return Stacked(arrays)
 
 
-def _in_shared_head(row: Record, classes: range) -> Record:
-  """Returns a row with class ids shifted into the range `classes`, and with that range."""
-  shifted = {n: x + classes.start for n, x in row.items() if n.rpartition("/")[2] in CLASS_IDS}
+def _in_shared_head(arrays: Mapping[str, np.ndarray], classes: range) -> dict[str, np.ndarray]:
+  """Returns rows with class ids shifted into the range `classes`, and with that range."""
+  shifted = {n: x + classes.start for n, x in arrays.items() if n.rpartition("/")[2] in CLASS_IDS}
   range_2 = np.array([classes.start, classes.stop], np.int32)
-  return row | shifted | {"class_range_T2": np.tile(range_2, (len(row["labels_T"]), 1))}
+  range_BT2 = np.tile(range_2, (*arrays["labels_T"].shape, 1))
+  return {**arrays, **shifted, "class_range_T2": range_BT2}
 
 
 def open_examples(

@@ -189,7 +189,7 @@ def _place(store: int, index: int) -> Place:
 
 def _read(
   places: Sequence[Place], stores: Sequence[RecordSource], empty_targets: Record
-) -> list[Record]:
+) -> Sequence[Record]:
   """Returns the rows of a batch, after reading those of each store at once.
 
   Args:
@@ -197,6 +197,8 @@ def _read(
     stores: The stores.
     empty_targets: Fields that records without them get; see `_empty_targets`.
   """
+  if len(stores) == 1 and not empty_targets:
+    return stores[0].read_many([i for _, i in places])
   rows: dict[Place, Record] = {}
   for n, store in enumerate(stores):
     indices = [i for number, i in places if number == n]

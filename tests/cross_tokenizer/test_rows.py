@@ -13,7 +13,7 @@ from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.data.tokenizers import load_tokenizer
-from distill_jax.records import codec, store, tf_example
+from distill_jax.records import bits, codec, store, tf_example
 from distill_jax.records.fields import RecordSpec
 from distill_jax.records.projected_rows import project_rows, teacher_rows
 
@@ -47,8 +47,11 @@ def source_row(*segments, length=24, mask=None, seed=0):
     "entropy_T": -(q * np.log(q)).sum(1),
   }
   spec = RecordSpec("sampled", N, TEACHER.size)
-  read = codec.decode_targets(codec.encode_targets(row, spec), row["mask_T"], spec)
-  return {k: row[k] for k in ("tokens_T", "segments_T", "mask_T")} | read
+  read = codec.decode_targets(
+    bits.join([codec.encode_targets(row, spec)]), row["mask_T"][None], spec
+  )
+  text = {k: row[k] for k in ("tokens_T", "segments_T", "mask_T")}
+  return text | {name: x[0] for name, x in read.items()}
 
 
 def text(data, *end):
@@ -186,8 +189,8 @@ def test_a_row_without_text_is_padding(others):
   spec = RecordSpec("sampled", N, STUDENT.size)
   for record in records:
     fields = codec.encode_targets(record, spec)
-    read = codec.decode_targets(fields, record["mask_T"], spec)
-    np.testing.assert_allclose(read["weight_TK"].sum(1), record["mask_T"], atol=1e-6)
+    read = codec.decode_targets(bits.join([fields]), record["mask_T"][None], spec)
+    np.testing.assert_allclose(read["weight_TK"][0].sum(1), record["mask_T"], atol=1e-6)
   assert statistics.rows == len(rows)
 
 

@@ -73,12 +73,36 @@ def test_damaged_bytes_are_an_input_error_or_other_features(features, data):
   for _ in range(data.draw(st.integers(1, 3))):
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
   raw = raw[: data.draw(st.integers(0, len(raw)))]
-  plain = example_wire._parse_plain(bytes(raw))
+  spans = example_wire._plain_spans(bytes(raw))
   with contextlib.suppress(InputError), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(example_wire, "_parse_plain", lambda data: None)
-    assert plain in (None, example_wire.parse(bytes(raw)))  # both ways of parsing agree
+    patch.setattr(example_wire, "_plain_spans", lambda data: None)
+    parsed = example_wire.parse(bytes(raw))  # both ways of parsing agree
+    assert spans is None or {k: bytes(raw[a:b]) for k, (a, b) in spans.items()} == parsed
     return
-  assert plain is None
+  assert spans is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(FEATURES, st.data())
+def test_records_parsed_at_once_are_those_parsed_one_by_one(features, data):
+  """Records of the same layout and, maybe, damaged ones or longer ones."""
+  records = [example_wire.serialize(features)] * 2
+  for _ in range(data.draw(st.integers(0, 3))):
+    raw = bytearray(data.draw(st.sampled_from(records)))
+    if raw and data.draw(st.booleans()):
+      raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    records.append(bytes(raw) + data.draw(st.sampled_from([b"", b"\x50\x01", b"\x0a"])))
+  try:
+    parsed = [example_wire.parse(record) for record in records]
+    assert all(one.keys() == features.keys() for one in parsed)
+  except (InputError, AssertionError):
+    with pytest.raises(InputError):
+      example_wire.parse_many(records)
+  else:
+    joined = example_wire.parse_many(records)
+    assert {name: field.parts for name, field in joined.items()} == {
+      name: [one[name] for one in parsed] for name in features
+    }
 
 
 def test_features_of_numbers_are_refused():

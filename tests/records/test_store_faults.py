@@ -115,6 +115,8 @@ def test_a_shard_of_another_store_with_the_right_name_is_refused(copy, tmp_path)
     store.open_store(copy).verify()
   put(copy, 0, copy, name)  # a shard of this store under another name
   refused(copy, name, "the index 0", "expected 3", read=True)
+  with pytest.raises(InputError, match=f"{name} is damaged at record 4 .*the index 1"):
+    store.open_store(copy).read_many([0, 9, 4, 1])  # decoded at once
 
 
 def test_a_damaged_index_is_named_and_a_missing_one_is_made_from_the_shard(copy):

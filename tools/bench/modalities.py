@@ -1,25 +1,47 @@
-"""Compares steps on records with steps with an online teacher, and with the loader, by modality.
+"""Compares steps on records with steps with an online teacher and on labels alone, by modality.
 
   python tools/bench/modalities.py [images …] [--rounds=10] [--seconds=5] [--small]
 
 Each modality is a function below, which writes random data into a folder and returns the config of
-a task, a teacher and a student. The teacher (with random weights) is recorded, both steps are
+a task, a teacher and a student. The teacher (with random weights) is recorded, the steps are
 compiled and run in turn, and batches are loaded as in training, with augmentations. The last line
 is a JSON object, in which the name of the modality is a prefix of each key:
 
   records_seconds, online_seconds  seconds per step (median), wall clock
   online_over_records              ratio of the two, the median over rounds
+  records_over_labels              speed of training from records over that of training from labels
+                                   alone, with the loader, the median over rounds
+  records_over_labels_cpu_time     the same from the CPU time of all threads, for machines with
+                                   other work; nothing is hidden by reading ahead
   examples_per_second              speed of the loader
   loader_over_step                 speed of the loader over the speed of the step on records
+  loader_over_step_cpu_time        CPU time of a step on records over that of loading a batch
   bytes_per_example                size of the store
 
-Results on two busy cores, 6 rounds:
+Results on two cores that other processes used (load 2.6 to 3.1), with `images --rounds=4
+--seconds=3` and `tiny --rounds=10 --seconds=3`. In brackets is the version that decoded each record
+alone:
 
-  |                       | texts | images | captions | translation | speech |
-  |-----------------------|-------|--------|----------|-------------|--------|
-  | online_over_records   | 1.52  | 2.47   | 2.46     | 2.64        | 1.84   |
-  | loader_over_step      | 14    | 3.2    | 32       | 5.1         | 18     |
-  | bytes_per_example     | 128   | 143    | 2,560    | 2,080       | 3,072  |
+  |                              | images      | tiny        |
+  |------------------------------|-------------|-------------|
+  | online_over_records          | 2.20        | 1.83        |
+  | records_over_labels          | 1.01 (0.86) | 0.96 (0.35) |
+  | records_over_labels_cpu_time | 1.02 (0.85) | 0.85 (0.35) |
+  | loader_over_step             | 22.4 (7.1)  | 0.44 (0.29) |
+  | loader_over_step_cpu_time    | 21.9 (7.1)  | 0.83 (0.27) |
+  | bytes_per_example            | 146         | 146         |
+
+What `tiny` has left in CPU time, for 64 examples and a step of 2.4 ms: kd and ce take 0.3 ms more
+than ce alone, five more arrays on the device 0.2 ms, and reading the records 0.8 ms, most of which
+is the overhead of a hundred calls of numpy. None of that grows with the model.
+
+Earlier results on two busy cores, 6 rounds:
+
+  |                       | texts | captions | translation | speech |
+  |-----------------------|-------|----------|-------------|--------|
+  | online_over_records   | 1.52  | 2.46     | 2.64        | 1.84   |
+  | loader_over_step      | 14    | 32       | 5.1         | 18     |
+  | bytes_per_example     | 128   | 2,560    | 2,080       | 3,072  |
 """
 
 from __future__ import annotations
@@ -27,6 +49,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import statistics
@@ -34,9 +57,9 @@ import struct
 import tempfile
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -49,15 +72,16 @@ from distill_jax import config
 from distill_jax.commands import record
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
-from distill_jax.records import collate
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop, state, stores
+
+STEPS = 10  # steps of training in a round
 
 
 def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
   """Grey images of 28 x 28, shifted and mirrored: a ViT of 2.7 M parameters, a student of 0.1 M."""
   c = config.base()
-  n, size = (64, 12) if small else (4_096, 28)
+  n, size = (64, 12) if small else (1_024, 28)
   rng = np.random.default_rng(0)
   for name, data in (
     ("images-idx3", rng.integers(0, 256, (n, size, size), dtype=np.uint8)),
@@ -91,6 +115,17 @@ def images(folder: Path, small: bool) -> ml_collections.ConfigDict:
   c.train.batch_size = c.records.batch_size = 8 if small else 64
   c.records.kind = "dense"
   c.losses.soft = config.loss("kd")
+  return c
+
+
+def tiny(folder: Path, small: bool) -> ml_collections.ConfigDict:
+  """The same images without augmentation, and a student of 3,000 parameters: a step is short."""
+  c = images(folder, small)
+  c.tasks.images.augment = ()
+  shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+  size = {"image_size": c.tasks.images.size, "patch_size": c.tasks.images.size // 2}
+  for model in (c.teacher, c.student):
+    model.changes = {**shape, "num_attention_heads": 2, **size}
   return c
 
 
@@ -263,6 +298,7 @@ def captions(folder: Path, small: bool) -> ml_collections.ConfigDict:
 MODALITIES: dict[str, Callable[[Path, bool], ml_collections.ConfigDict]] = {
   "texts": texts,
   "images": images,
+  "tiny": tiny,
   "captions": captions,
   "translation": translation,
   "speech": speech,
@@ -276,59 +312,98 @@ def measured(c: ml_collections.ConfigDict, folder: Path, rounds: int, seconds: f
   with Workdir(folder / "records", recorded) as records:
     store = record.run(recorded, records)
   alone = dataclasses.replace(recorded.train, online=True, records=())
-  ways = {"records": recorded, "online": dataclasses.replace(recorded, train=alone)}
+  c.train.records, c.losses.hard = (), config.loss("ce")
+  del c.losses["soft"]
+  ways = {
+    "records": recorded,
+    "online": dataclasses.replace(recorded, train=alone),
+    "labels": config.resolve(c),
+  }
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  steps = {name: prepared(of, mesh) for name, of in ways.items()}
-  times: dict[str, list[float]] = {name: [] for name in steps}
+  steps = {name: Way(of, mesh) for name, of in ways.items()}
+  times: dict[str, list[Clock]] = {}
   for i in range(rounds + 1):
     for name in sorted(steps, reverse=i % 2 == 1):
-      took = run(steps[name])
+      way = steps[name]
+      timed = {name: way.step()} | ({} if name == "online" else {f"{name}_train": way.train()})
       if i:  # the first round warms up
-        times[name].append(took)
-  median = {name: statistics.median(t) for name, t in times.items()}
-  pairs = zip(times["online"], times["records"], strict=True)
-  rate, size = read(recorded, seconds), recorded.train.batch_size
+        for key, clock in timed.items():
+          times.setdefault(key, []).append(clock)
+  loads = steps["records"].load(seconds)
+
+  def ratio(a: str, b: str, clock: str) -> float:
+    pairs = zip(times[a], times[b], strict=True)
+    return statistics.median(getattr(x, clock) / getattr(y, clock) for x, y in pairs)
+
+  median = {name: statistics.median(t.wall for t in times[name]) for name in ("records", "online")}
+  cpu, size = statistics.median(t.cpu for t in times["records"]), recorded.train.batch_size
   return {
     **{f"{name}_seconds": t for name, t in median.items()},
-    "online_over_records": statistics.median(a / b for a, b in pairs),
-    "examples_per_second": rate,
-    "loader_over_step": rate * median["records"] / size,
+    "online_over_records": ratio("online", "records", "wall"),
+    "records_over_labels": ratio("labels_train", "records_train", "wall"),
+    "records_over_labels_cpu_time": ratio("labels_train", "records_train", "cpu"),
+    "examples_per_second": size / loads.wall,
+    "loader_over_step": median["records"] / loads.wall,
+    "loader_over_step_cpu_time": cpu / loads.cpu,
     "bytes_per_example": store["bytes"] / store["sequences"],
   }
 
 
-def prepared(c: config.Config, mesh: Any) -> list[Any]:
-  """Returns [the compiled step, its state, a batch, online teachers]."""
-  opened, keys = stores.open_stores(c), runs.keys(c.seed)
-  step = loop.make_step(c, opened)
-  batch = collate.to_device(
-    next(stores.batches(c, opened)), sharding.rows(mesh, c.train.batch_size)
-  )
-  teachers = {
-    name: loading.open_source(spec).load(mesh, keys["teacher"]).model
-    for name, spec in state.online_teachers(c).items()
-  }
-  start = jax.jit(step.init)(loading.open_source(c.student).load(mesh, keys["student"]).model)
-  return [jax.jit(step, donate_argnums=0), start, batch, teachers]
+class Clock(NamedTuple):
+  """Seconds per batch: wall clock, and CPU time of all threads."""
+
+  wall: float
+  cpu: float
+
+  @classmethod
+  def of(cls, run: Callable[[], int]) -> Clock:
+    """Returns the time of a function per batch; it returns their number."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    batches = run()
+    return cls((time.perf_counter() - wall) / batches, (time.process_time() - cpu) / batches)
 
 
-def run(prepared: list[Any]) -> float:
-  """Runs one step from the state of the last; returns its wall seconds."""
-  program, state, batch, teachers = prepared
-  start = time.perf_counter()
-  prepared[1], metrics = program(state, batch, teachers)
-  assert np.isfinite(float(metrics["loss"]))
-  return time.perf_counter() - start
+class Way:
+  """A compiled step and its data."""
 
+  def __init__(self, c: config.Config, mesh: Any):
+    self.config, self.mesh, self.stores = c, mesh, stores.open_stores(c)
+    keys = runs.keys(c.seed)
+    step = loop.make_step(c, self.stores)
+    student = loading.open_source(c.student, c.seed).load(mesh, keys["student"]).model
+    self.program, self.state = jax.jit(step, donate_argnums=0), jax.jit(step.init)(student)
+    self.teachers = {
+      name: source.load(mesh, keys["teacher"]).model
+      for name, source in state.online_teachers(c).items()
+    }
+    self.batch = next(stores.device_batches(c, self.stores, mesh))
 
-def read(c: config.Config, seconds: float) -> float:
-  """Returns the loader's examples per second, without the first batch."""
-  batches = stores.batches(c, stores.open_stores(c))
-  next(batches)
-  start, n = time.perf_counter(), 0
-  while time.perf_counter() - start < seconds:
-    n += len(next(batches).labels_BT)
-  return n / (time.perf_counter() - start)
+  def step(self) -> Clock:
+    """Runs one step, from the state of the last."""
+    return Clock.of(lambda: self._run([self.batch]))
+
+  def train(self) -> Clock:
+    """Runs STEPS steps on batches from the loader, without the first."""
+    batches = stores.device_batches(self.config, self.stores, self.mesh)
+    next(batches)
+    return Clock.of(lambda: self._run(itertools.islice(batches, STEPS)))
+
+  def _run(self, batches: Iterable[Any]) -> int:
+    n = 0
+    for batch in batches:
+      self.state, metrics = self.program(self.state, batch, self.teachers)
+      n += 1
+    assert np.isfinite(float(metrics["loss"]))
+    return n
+
+  def load(self, seconds: float) -> Clock:
+    """Loads batches, without the first."""
+    batches = stores.batches(self.config, self.stores)
+    next(batches)
+    end = time.perf_counter() + seconds
+    return Clock.of(
+      lambda: sum(1 for _ in itertools.takewhile(lambda _: time.perf_counter() < end, batches))
+    )
 
 
 def main() -> None:
