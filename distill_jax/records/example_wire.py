@@ -26,9 +26,9 @@ def serialize(features: Mapping[str, bytes]) -> bytes:
   """Returns the bytes of an Example with these features."""
   entries = []
   for key, value in sorted((name.encode(), value) for name, value in features.items()):
-    feature = encode_field(FIRST, encode_field(FIRST, value))
-    entries.append(encode_field(FIRST, encode_field(FIRST, key) + encode_field(SECOND, feature)))
-  return encode_field(FIRST, b"".join(entries)) if entries else b""
+    feature = _field(FIRST, _field(FIRST, value))
+    entries.append(_field(FIRST, _field(FIRST, key) + _field(SECOND, feature)))
+  return _field(FIRST, b"".join(entries)) if entries else b""
 
 
 def parse(data: bytes) -> dict[str, bytes]:
@@ -167,16 +167,10 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     shift += 7
 
 
-def encode_field(tag: bytes, contents: bytes) -> bytes:
-  """Returns a field with a length: the tag, the length as a varint, and the contents."""
-  return tag + encode_varint(len(contents)) + contents
-
-
-def encode_varint(n: int) -> bytes:
-  """Returns a natural number in groups of 7 bits, the lowest first."""
-  found = bytearray()
-  while n > 0x7F:
-    found.append(n & 0x7F | 0x80)
-    n >>= 7
-  found.append(n)
-  return bytes(found)
+def _field(tag: bytes, contents: bytes) -> bytes:
+  size, head = len(contents), bytearray(tag)
+  while size > 0x7F:
+    head.append(size & 0x7F | 0x80)
+    size >>= 7
+  head.append(size)
+  return bytes(head) + contents

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import SupportsFloat
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import json_io, storage
+from distill_jax.runtime import extras, json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
-from distill_jax.training.event_file import EventFile
 
 FILE = "metrics.jsonl"
 
@@ -37,12 +37,16 @@ class MetricsWriter:
   """
 
   def __init__(self, dir: str | Path, purge_step: int | None = None):
+    with extras.needed("train"):  # imported here, because it imports torch where that is installed
+      from tensorboardX import SummaryWriter
     folder = Path(dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = storage.fetched(folder / FILE)
     self._last = _clean(path, purge_step)
     self._file = path.open("a", encoding="utf-8")
-    self._events = EventFile(folder, purge_step)
+    # tensorboardX names files by the second, and would overwrite a file of the same second.
+    suffix = f".{time.time_ns()}"
+    self._events = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
 
   def __enter__(self) -> MetricsWriter:
     return self
@@ -66,7 +70,8 @@ class MetricsWriter:
     row = {"step": int(step)} | {name: spell(x) for name, x in values.items()}
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._file.flush()
-    self._events.write(int(step), values)
+    for name, x in values.items():
+      self._events.add_scalar(name, x, int(step))
     self._last = step
 
   def close(self) -> None:

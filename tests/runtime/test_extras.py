@@ -126,6 +126,9 @@ def hub():
   locate("hub:org/name")
 def training():
   from distill_jax.training import loader
+def metrics():
+  from distill_jax.training.metric_writer import MetricsWriter
+  MetricsWriter("nowhere")
 def checkpoints():
   from distill_jax.runtime import checkpoint
 def chat():
@@ -144,7 +147,7 @@ def gcs():
   from distill_jax.runtime import storage
   storage.run_folder("gs://bucket/folder")
 
-for site in (tokenizer, hub, training, checkpoints, chat, gguf, images, serve, tfds, gcs):
+for site in (tokenizer, hub, training, metrics, checkpoints, chat, gguf, images, serve, tfds, gcs):
   try:
     site()
   except InputError as error:
@@ -169,6 +172,7 @@ MODULES = {
   "jinja2",
   "orbax",
   "sentencepiece",
+  "tensorboardX",
   "tensorflow_datasets",
   "tokenizers",
 }
@@ -191,6 +195,7 @@ def test_each_missing_package_is_named_with_its_extra():
     "tokenizer": ("sentencepiece", "train"),
     "hub": ("huggingface-hub", "train"),
     "training": ("grain", "train"),
+    "metrics": ("tensorboardX", "train"),
     "checkpoints": ("orbax-checkpoint", "train"),
     "chat": ("jinja2", "train"),
     "gguf": ("gguf", "gguf"),
