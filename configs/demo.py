@@ -61,6 +61,5 @@ def get_config(student: str = "distilled"):
   c.evaluate.models = {"hard": "run:runs/demo/hard", "distilled": "run:runs/demo/distilled"}
   c.evaluate.batch_size = 2
   c.export.dir = "runs/demo/export"
-  c.export.dtype = "float32"
   c.export.evaluation = "runs/demo/evaluation.json"
   return c

@@ -1,5 +1,6 @@
 """The documentation: its examples run, its links and commands name what exists."""
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import tiny
 import tiny_store
+from experiments import load_config
 from json_lines import write_lines
 
 from distill_jax import config, flags, registry
 from distill_jax.commands import evaluate, record
 from distill_jax.commands import filter as filter_command
 from distill_jax.errors import InputError
+from distill_jax.hub import formats
 from distill_jax.hub.export import export_model
 from distill_jax.losses import KD, SampledTargets, divergences
 from distill_jax.records import tf_example
@@ -130,6 +133,22 @@ def test_commands_name_verbs_flags_and_keys(page):
         assert flag[2:].upper() in FLAGS or flag in LAUNCHER_FLAGS, where
       if flag == "--config" and value.startswith("configs/"):
         assert (ROOT / value.partition(":")[0]).is_file(), where
+
+
+def test_the_format_of_every_export_exists(page):
+  """The config and the keys of a command agree on the numbers of the exported weights."""
+  path, text = page
+  for verb, arguments in commands(text):
+    file, *others = [a for a in arguments if a.startswith("--config")] or [""]
+    if verb == "export" and file.startswith("--config=configs/"):
+      name, _, choice = file.removeprefix("--config=").partition(":")
+      c = load_config(ROOT / name).get_config(*filter(None, [choice]))
+      for key, value in (other.removeprefix("--config.").split("=") for other in others):
+        with contextlib.suppress(ValueError, SyntaxError):
+          value = ast.literal_eval(value)
+        c.update_from_flattened_dict({key: value})
+      resolved = config.resolve(c)
+      assert formats.choose(resolved.export, resolved.student.quantise), (path.name, others)
 
 
 def test_keys_exist(page):
