@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_store
+from doc_commands import code, commands
 from experiments import load_config
 from json_lines import write_lines
 
@@ -75,29 +76,9 @@ def test_links_lead_to_pages_and_headings(page):
       assert anchor in found, f"{path.name} links to {target}; the headings are {found}"
 
 
-def code(text):
-  """Yields the lines of code of a page: those of blocks, continued ones joined, and inline code."""
-  for block in re.findall(r"^\s*```\w*[^\n]*\n(.*?)^\s*```$", text, re.M | re.S):
-    yield from re.sub(r"\\\n\s*", " ", block).splitlines()
-  inline = re.sub(r"^\s*```.*?^\s*```$", "", text, flags=re.M | re.S)
-  yield from re.findall(r"`([^`\n]+)`", inline)
-
-
 VERBS = registry.names("commands")
 FLAGS = {name for name in vars(flags) if name.isupper()} | {"TEACHER", "STUDENT", "DATA"}
 LAUNCHER_FLAGS = {"--dry_run", "--spot", "--keep"}
-
-
-def commands(text):
-  """Yields (verb, arguments) of every command line on a page."""
-  for line in code(text):
-    line = line.split(" #")[0]
-    for start in (r"\bdistill-jax ", r"^launch/\S+ .* -- ", r" -- ", r"slurm\.sbatch "):
-      if match := re.search(start + r"(.*)$", line):
-        words = match[1].split()
-        if words and not words[0].isupper():
-          yield words[0], words[1:]
-        break
 
 
 def keys(tree, prefix=""):
