@@ -43,6 +43,7 @@ def fused_loss(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   seq_axis: str | None = None,
   vocab_axis: MeshAxes = sharding.VOCAB,
+  embed_axis: MeshAxes = None,
 ) -> tuple[jax.Array, Means]:
   """Returns the weighted sum of losses, computed without ever holding [B, T, V] logits.
 
@@ -69,6 +70,9 @@ def fused_loss(
     seq_axis: Mesh axis over which positions are sharded; None if they are not.
     vocab_axis: Mesh axis, or axes, over which the rows of the head are sharded; None if they are
       not.
+    embed_axis: Mesh axis, or axes, over which the columns of the head are stored. The head's
+      gradient is reduce-scattered over those of them over which positions are sharded. None if
+      columns are not sharded.
 
   Returns:
     (loss, means): a float32 scalar, and a `Mean` for each loss, without its weight, and metric.
@@ -93,6 +97,7 @@ def fused_loss(
     batch_axes=batch_axes,
     seq_axis=seq_axis,
     vocab_axis=vocab_axis,
+    embed_axis=embed_axis,
   )
   batch = batch.replace(inputs=None, valid_BS=None)
   return mesh_in_use.auto(run, P())(hidden_BTD, head_VD, batch, label_count, dict(weights), step)

@@ -19,7 +19,7 @@ from distill_jax.models import _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._decoder_config import TINY, Config
 from distill_jax.models._experts import Experts
-from distill_jax.nn import attention, context, kv_cache, layers, sharding
+from distill_jax.nn import attention, context, embedding, kv_cache, layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import QKV, Inputs, Output
 
@@ -236,7 +236,8 @@ class Model(nnx.Module):
     """Returns the first layer's input [B, T, D], and the embedding table [V, D]."""
     with jax.named_scope("embed"):
       embed_VD = compute.cast_and_gather(self.embed)[...]
-      x_BTD = sharding.constrain(embed_VD[tokens_BT], "batch seq embed", compute.rules)
+      x_BTD = embedding.lookup(embed_VD, tokens_BT, compute.rules)
+      x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
       if self.config.embed_scale != 1:
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
       return x_BTD, embed_VD

@@ -142,7 +142,7 @@ class Model(nnx.Module):
   ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the last layer's output [B, S, D], and the taps."""
     with jax.named_scope("embed"):
-      x_BSD = compute.cast_and_gather(self.embed)[...][inputs.tokens_BT]
+      x_BSD = compute.lookup(self.embed, inputs.tokens_BT)
       x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
       x_BSD = x_BSD + compute.cast_and_gather(self.kinds)[...][:1][None]
       eps = self.config.layer_norm_eps

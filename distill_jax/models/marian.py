@@ -101,7 +101,7 @@ class Model(_bart.Model):
   ):
     c = self.config
     with jax.named_scope("embed"):
-      x_BTD = compute.cast_and_gather(self.embed)[...][tokens_BT]
+      x_BTD = compute.lookup(self.embed, tokens_BT)
       if c.scale_embedding:
         x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, x_BTD.dtype)
       places = jnp.asarray(sinusoids(c.max_position_embeddings, c.d_model), x_BTD.dtype)

@@ -224,7 +224,7 @@ class Model(_seq2seq.Model):
   ):
     del positions_BT  # the bias of the scores contains them
     with jax.named_scope("embed"):
-      return compute.cast_and_gather(self.embed)[...][tokens_BT]
+      return compute.lookup(self.embed, tokens_BT)
 
   def target_bias(self, T: int, compute: layers.ComputeConfig) -> jax.Array:
     return self._bias(self.near, T, both_ways=False, compute=compute)

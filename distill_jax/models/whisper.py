@@ -108,7 +108,7 @@ class Model(_bart.Model):
     self, tokens_BT: jax.Array, positions_BT: jax.Array, compute: layers.ComputeConfig
   ):
     with jax.named_scope("embed"):
-      x_BTD = compute.cast_and_gather(self.embed)[...][tokens_BT]
+      x_BTD = compute.lookup(self.embed, tokens_BT)
       return x_BTD + compute.cast_and_gather(self.places)[...][positions_BT]
 
   def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:

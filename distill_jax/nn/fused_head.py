@@ -122,6 +122,7 @@ def loss(
   batch_axes: tuple[str, ...] = sharding.BATCH,
   seq_axis: str | None = None,
   vocab_axis: MeshAxes = sharding.VOCAB,
+  embed_axis: MeshAxes = None,
 ) -> tuple[jax.Array, PyTree]:
   """Sums a loss over chunks, and computes its gradient in the forward pass.
 
@@ -142,6 +143,9 @@ def loss(
     batch_axes: the mesh axes over which sequences are sharded.
     seq_axis: the mesh axis over which positions are sharded; None if they are not.
     vocab_axis: the mesh axes over which the rows of the head are sharded; None if they are not.
+    embed_axis: the mesh axes over which the columns of the head are stored. The head's gradient is
+      reduce-scattered over those of them that are in `batch_axes` or `seq_axis`, if the width is
+      divisible. None if columns are not sharded: every device computes the whole sum.
 
   Returns:
     (total loss, metrics), float32. The total is differentiable with respect to hidden_BTD and
@@ -160,11 +164,16 @@ def loss(
     head_is_trained, head_VD = head_VD.perturbed, head_VD.value
     shards = mesh_in_use.spread(vocab_axis, "vocab_axis")
     scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards, head_is_trained)
-    out_specs = (P(), P(), P(batch_axes, seq_axis))
-    sums, head_grad_VD, hidden_grad_BTD = head_chunks.per_shard(
+    parts = P((*batch_axes, *sharding.mesh_axis_names(seq_axis)))
+    out_specs = (P(), parts, P(batch_axes, seq_axis))
+    sums, head_grad_sVD, hidden_grad_BTD = head_chunks.per_shard(
       scan, out_specs, batch_axes, seq_axis, hidden_BTD.value, head_VD, batch
     )
-    return sums, (hidden_grad_BTD, jax.tree.map(lambda g: g.astype(head_VD.dtype), head_grad_VD))
+    head_grad_VD = None
+    if head_grad_sVD is not None:
+      where = (batch_axes, seq_axis, vocab_axis, embed_axis)
+      head_grad_VD = head_chunks.sum_parts(head_grad_sVD, *where).astype(head_VD.dtype)
+    return sums, (hidden_grad_BTD, head_grad_VD)
 
   def backward(grads, cotangents):
     loss_cotangent, _ = cotangents  # metrics have no gradient
@@ -222,9 +231,9 @@ def _scan_gradients(
                                         times the head             stored in hidden_grad_nBCD[i]
 
   Returns:
-    ((loss, metrics), gradient of the head [V, D] float32, gradient of the hidden states [B, T, D]).
-    The first two are sums over all devices' positions, the last is for this device's positions.
-    Without `head_is_trained` the gradient of the head is None everywhere.
+    ((loss, metrics), gradient of the head [1, V, D] float32, gradient of the hidden states
+    [B, T, D]). The first is a sum over all devices' positions, the others are those of this
+    device's positions. Without `head_is_trained` the gradient of the head is None everywhere.
   """
   pieces = head_chunks.split(hidden_BTD, batch, chunk)
   head_svD, blocks = _shards_and_blocks(head_VD, shards)
@@ -255,10 +264,9 @@ def _scan_gradients(
   carry = zero_sums, jnp.zeros(head_svD.shape, jnp.float32) if head_is_trained else None
   carry, hidden_grad_nBCD = jax.lax.scan(add_chunk, carry, (pieces.hidden_nBCD, pieces.batch))
   sums, head_grad_svD = carry
-  head_grad_VD = jax.tree.map(lambda grad: grad.reshape(head_VD.shape), head_grad_svD)
-  # This sums over devices once per pass, not once per chunk.
-  sums, head_grad_VD = sum_over_batch((sums, head_grad_VD))
-  return sums, head_grad_VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
+  head_grad_1VD = jax.tree.map(lambda grad: grad.reshape(1, *head_VD.shape), head_grad_svD)
+  # Sums over devices are computed once per pass, not once per chunk.
+  return sum_over_batch(sums), head_grad_1VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
 
 
 def _shards_and_blocks(head_VD: jax.Array, shards: int) -> tuple[jax.Array, int]:

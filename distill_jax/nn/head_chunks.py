@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from distill_jax.nn import chunks, mesh_in_use
+from distill_jax.nn.sharding import MeshAxes, mesh_axis_names
 from distill_jax.types import Batch, PyTree
 
 SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices with other positions
@@ -49,6 +50,51 @@ def per_shard(
     axis_names=set(axes),
     check_vma=False,
   )(hidden_BTD, head_VD, batch)
+
+
+def sum_parts(
+  parts_sVD: jax.Array,
+  batch_axes: tuple[str, ...],
+  seq_axis: str | None,
+  vocab_axis: MeshAxes,
+  embed_axis: MeshAxes,
+) -> jax.Array:
+  """Sums the parts of the head's gradient that devices with other positions have computed.
+
+  The sum is reduce-scattered, so that a device computes the columns that it stores.
+
+  Args:
+    parts_sVD: the parts of s devices, from `per_shard` with the axes of positions as out_specs.
+    batch_axes: see fused_head.loss, as for the other arguments.
+
+  Returns:
+    The gradient [V, D].
+  """
+  if len(parts_sVD) == 1:
+    return parts_sVD[0]
+  _, V, D = parts_sVD.shape
+  axes = batch_axes if seq_axis is None else (*batch_axes, seq_axis)
+  columns = tuple(axis for axis in mesh_axis_names(embed_axis) if axis in axes)
+  if D % mesh_in_use.spread(columns, "embed_axis"):  # e.g. a head with a bias as its last column
+    columns = ()
+  # The rows are Manual too: the partitioner would gather them for a reduce-scatter.
+  rows = tuple(axis for axis in mesh_axis_names(vocab_axis) if axis not in axes)
+  if V % mesh_in_use.spread(rows, "vocab_axis"):
+    rows = ()
+
+  def on_device(part_1VD: jax.Array) -> jax.Array:
+    part_VD = part_1VD[0]
+    if columns:
+      part_VD = jax.lax.psum_scatter(part_VD, columns, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(part_VD, tuple(axis for axis in axes if axis not in columns))
+
+  return jax.shard_map(
+    on_device,
+    in_specs=P(axes, rows),
+    out_specs=P(rows, columns),
+    axis_names={*axes, *rows},
+    check_vma=False,
+  )(parts_sVD)
 
 
 class HeadChunks(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from distill_jax.errors import InputError, bad_value, check_choice
-from distill_jax.nn import lora, params, sharding
+from distill_jax.nn import embedding, lora, params, sharding
 from distill_jax.nn.quantise import QuantiseOptions, rounded
 from distill_jax.types import Tree
 
@@ -62,12 +62,13 @@ class ComputeConfig:
     def used_form(v: nnx.Variable) -> nnx.Variable:
       dtype = "float32" if v.get_metadata()["exact"] else self.dtype
       x = rounded(v, self.quantise)[...].astype(dtype)
-      if not jax.sharding.get_abstract_mesh().empty:
-        spec = self.rules.spec(v.get_metadata()["axes"], "compute")
-        x = jax.lax.with_sharding_constraint(x, spec)
-      return v.replace(x)
+      return v.replace(sharding.gather(x, v.get_metadata()["axes"], self.rules))
 
     return params.map_params(used_form, lora.merge_attached(tree))
+
+  def lookup(self, table: nnx.Variable, tokens_BT: jax.Array) -> jax.Array:
+    """Returns the rows of tokens in an embedding table, [B, T, D]; see embedding.lookup."""
+    return embedding.lookup(self.cast_and_gather(table)[...], tokens_BT, self.rules)
 
   def checkpoint(self, fn: Callable) -> Callable:
     """Returns the function with `jax.checkpoint` applied, as configured by `remat`."""

@@ -36,6 +36,7 @@ __all__ = [
   "batch_sharding",
   "check_batch",
   "constrain",
+  "gather",
   "make_mesh",
   "mesh_axis_names",
   "mesh_shape",
@@ -205,6 +206,34 @@ def constrain(x: jax.Array, axes: str, rules: Rules) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, rules.spec(tuple(axes.split()), "compute"))
+
+
+def gather(x: jax.Array, axes: tuple[str, ...], rules: Rules) -> jax.Array:
+  """Returns a parameter with the sharding of the compute column.
+
+  The gradient has the sharding of the storage column, so that it is reduce-scattered. The gradient
+  of a sharding constraint alone has the same constraint: every device would sum all of it.
+
+  Without a mesh it returns the array unchanged.
+
+  Args:
+    x: the parameter, with the sharding of the storage column.
+    axes: its logical axes.
+    rules: the rules of the model.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  storage, compute = (rules.spec(axes, column) for column in ("storage", "compute"))
+
+  @jax.custom_vjp
+  def gathered(x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, compute)
+
+  def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, storage),)
+
+  gathered.defvjp(lambda x: (gathered(x), None), backward)
+  return gathered(x)
 
 
 def row_shards(mesh: Mesh) -> int:

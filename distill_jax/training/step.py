@@ -166,7 +166,6 @@ class Step:
     balance = self._balance(state, trained, jax.tree.map(lambda x: x[0], pieces), fixed, weights)
     scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
     (loss, means), grads = self._gradient(trained, pieces, fixed, scaled)
-
     with jax.named_scope("update"):
       rate = self.learning_rate(state.step)
       updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
@@ -261,6 +260,7 @@ class Step:
       soft_cap=out.soft_cap,
       weights=weights,
       seq_axis=sharding.SEQ,
+      embed_axis=self.student.rules.spec(("embed",), "storage")[0],
       metrics=functools.partial(token_metrics.means, first_classes=self.first_classes),
     )
 
