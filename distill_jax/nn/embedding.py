@@ -1,0 +1,47 @@
+"""The rows of an embedding table, and the gradient of the table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from distill_jax.nn.sharding import Rules, mesh_axis_names
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, rules: Rules) -> jax.Array:
+  """Returns the rows of tokens in an embedding table, [B, T, D].
+
+  The gradient of the table is summed in float32. On a mesh, a device sums the columns of the table
+  that it stores, of the positions of all devices that store other columns: the gradients of
+  positions are sent, which are smaller than the table.
+
+  Args:
+    table_VD: the table, with the sharding of the compute column.
+    tokens_BT: int32.
+    rules: the rules of the model.
+  """
+
+  @jax.custom_vjp
+  def rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    return table_VD[tokens_BT]
+
+  def backward(tokens_BT: jax.Array, grad_BTD: jax.Array) -> tuple[jax.Array, None]:
+    zero_VD, dtype = jnp.zeros(shape, jnp.float32), grad_BTD.dtype
+    if jax.sharding.get_abstract_mesh().empty:
+      return zero_VD.at[tokens_BT].add(grad_BTD.astype(jnp.float32)).astype(dtype), None
+    stored = rules.spec(("vocab", "table"), "storage")
+    columns = mesh_axis_names(stored[1])
+    positions = [
+      tuple(axis for axis in mesh_axis_names(axes) if axis not in columns)
+      for axes in rules.spec(("batch", "seq"), "compute")
+    ]
+    constrain = jax.lax.with_sharding_constraint
+    tokens_BT = constrain(tokens_BT, PartitionSpec(*positions))
+    grad_BTD = constrain(grad_BTD, PartitionSpec(*positions, columns)).astype(jnp.float32)
+    grad_VD = constrain(zero_VD, stored).at[tokens_BT].add(grad_BTD)
+    return constrain(grad_VD, stored).astype(dtype), None
+
+  shape = table_VD.shape
+  rows.defvjp(lambda table_VD, tokens_BT: (rows(table_VD, tokens_BT), tokens_BT), backward)
+  return rows(table_VD, tokens_BT)
