@@ -236,7 +236,8 @@ class Model(nnx.Module):
     """Returns the first layer's input [B, T, D], and the embedding table [V, D]."""
     with jax.named_scope("embed"):
       embed_VD = compute.cast_and_gather(self.embed)[...]
-      x_BTD = embedding.lookup(embed_VD, tokens_BT, compute.rules)
+      axes = self.embed.get_metadata()["axes"]
+      x_BTD = embedding.lookup(embed_VD, tokens_BT, axes, compute.rules)
       x_BTD = sharding.constrain(x_BTD, "batch seq embed", compute.rules)
       if self.config.embed_scale != 1:
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)

@@ -143,7 +143,7 @@ class Model(nnx.Module):
     """Returns the last layer's output [B, S, D], and the taps."""
     with jax.named_scope("embed"):
       x_BSD = compute.lookup(self.embed, inputs.tokens_BT)
-      x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
+      x_BSD = x_BSD + compute.lookup(self.places, inputs.positions_BT)
       x_BSD = x_BSD + compute.cast_and_gather(self.kinds)[...][:1][None]
       eps = self.config.layer_norm_eps
       x_BSD = layers.layer_norm(x_BSD, self.norm[...], self.norm_bias[...], eps)

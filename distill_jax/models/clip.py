@@ -136,7 +136,7 @@ class TextTower(nnx.Module):
     """Returns the normed output at the last token of each text, [B, D]."""
     with jax.named_scope("embed"):
       x_BSD = compute.lookup(self.embed, inputs.tokens_BT)
-      x_BSD = x_BSD + compute.cast_and_gather(self.places)[...][inputs.positions_BT]
+      x_BSD = x_BSD + compute.lookup(self.places, inputs.positions_BT)
       x_BSD = sharding.constrain(x_BSD, "batch seq embed", compute.rules)
     valid_BS = inputs.segments_BT > 0
     x_BSD, _ = layers.scan_layers(

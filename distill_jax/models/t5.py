@@ -237,7 +237,8 @@ class Model(_seq2seq.Model):
     buckets = relative_buckets(
       T, both_ways, c.relative_attention_num_buckets, c.relative_attention_max_distance
     )
-    return compute.cast_and_gather(near)[...][buckets].transpose(2, 0, 1)[None]
+    near_OH = compute.cast_and_gather(near)[...].astype(jnp.float32)  # the dtype of its gradient
+    return near_OH[buckets].astype(compute.dtype).transpose(2, 0, 1)[None]
 
   def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:
     c = self.config

@@ -109,7 +109,7 @@ class Model(_bart.Model):
   ):
     with jax.named_scope("embed"):
       x_BTD = compute.lookup(self.embed, tokens_BT)
-      return x_BTD + compute.cast_and_gather(self.places)[...][positions_BT]
+      return x_BTD + compute.lookup(self.places, positions_BT)
 
   def output(self, x_BTD: jax.Array, compute: layers.ComputeConfig, taps_PBTD) -> Output:
     x_BTD = layers.layer_norm(x_BTD, self.norm[...], self.norm_bias[...], _bart.EPS)

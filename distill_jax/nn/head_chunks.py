@@ -86,7 +86,8 @@ def sum_parts(
     part_VD = part_1VD[0]
     if columns:
       part_VD = jax.lax.psum_scatter(part_VD, columns, scatter_dimension=1, tiled=True)
-    return jax.lax.psum(part_VD, tuple(axis for axis in axes if axis not in columns))
+    others = tuple(a for a in axes if a not in columns and mesh_in_use.spread(a, "batch_axes") > 1)
+    return jax.lax.psum(part_VD, others)
 
   return jax.shard_map(
     on_device,

@@ -68,7 +68,8 @@ class ComputeConfig:
 
   def lookup(self, table: nnx.Variable, tokens_BT: jax.Array) -> jax.Array:
     """Returns the rows of tokens in an embedding table, [B, T, D]; see embedding.lookup."""
-    return embedding.lookup(self.cast_and_gather(table)[...], tokens_BT, self.rules)
+    axes = table.get_metadata()["axes"]
+    return embedding.lookup(self.cast_and_gather(table)[...], tokens_BT, axes, self.rules)
 
   def checkpoint(self, fn: Callable) -> Callable:
     """Returns the function with `jax.checkpoint` applied, as configured by `remat`."""

@@ -151,7 +151,7 @@ class HloText:
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return None
-    n = _group_size(op.text)
+    n = group_size(op.text)
     payload_bytes, _ = COLLECTIVES[kind]
     size = payload_bytes(op, n)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
@@ -269,7 +269,7 @@ def _bytes(shape: str) -> int:
   return total
 
 
-def _group_size(text: str) -> int:
+def group_size(text: str) -> int:
   """Returns the number of devices in a group, from any of XLA's notations for groups."""
   if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,2},{1,3}}
     return len(match[1].split(","))
