@@ -231,8 +231,8 @@ def gather(x: jax.Array, axes: tuple[str, ...], rules: Rules) -> jax.Array:
   if on_one_device():
     return x
   storage, compute = (rules.spec(axes, column) for column in ("storage", "compute"))
-  # The gathered axes first: libtpu 0.0.42.1 compiles a scatter over a last axis, if each part has 128
-  # elements, to an all-reduce.
+  # The gathered axes are put first: libtpu 0.0.42.1 makes an all-reduce of a scatter over the last
+  # axis if each part has 128 elements.
   order = sorted(range(x.ndim), key=lambda i: storage[i] == compute[i])
   scattered = PartitionSpec(*(storage[i] for i in order))
 
