@@ -11,7 +11,7 @@ for a step on v5p:4x4x4, with 256 sequences of 4,096 tokens or 64 of 32,768 (one
 device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096    14.0 of 95.74       57    2.11    76%     496,446        308
+     4,096    14.0 of 95.74       45    2.11    76%     496,446        308
     32,768    18.3 of 95.74       57    6.07    73%     345,323        442
 
 With configs/r1_qwen_7b.py:131072 each sequence is spread over 16 devices. Estimates for a step on
