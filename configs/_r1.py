@@ -15,7 +15,7 @@ a row of prose or code, but 1.1 to 1.2 times as many of one of GSM8K, because it
 single digits; Llama's makes 0.84 to 1.004 times as many. retarget.dry_run prints what is cut.
 
 The column "GB sent" of the students' docstrings is from before gradients were reduce-scattered over
-fsdp, except for r1_llama_8b and r1_qwen_7b at 4,096 tokens: the others send less.
+fsdp, except for r1_llama_8b and r1_qwen_7b at 4,096 tokens.
 """
 
 from distill_jax import config
