@@ -36,14 +36,14 @@ def lookup(
       return zero_VD.at[tokens_BT].add(grad_BTD.astype(jnp.float32)).astype(dtype), None
     stored = rules.spec(axes, "storage")
     columns = mesh_axis_names(stored[1])
-    positions = [
-      tuple(axis for axis in mesh_axis_names(entry) if axis not in columns)
-      for entry in rules.spec(("batch", "seq"), "compute")
-    ]
+    positions = rules.spec(("batch", "seq"), "compute")
     constrain = jax.lax.with_sharding_constraint
+    # One mesh axis at a time: XLA makes an all-to-all of that, but an all-gather of several.
+    for i, moved in enumerate(columns):
+      positions = [tuple(a for a in mesh_axis_names(entry) if a != moved) for entry in positions]
+      grad_BTD = constrain(grad_BTD, PartitionSpec(*positions, columns[: i + 1]))
     tokens_BT = constrain(tokens_BT, PartitionSpec(*positions))
-    grad_BTD = constrain(grad_BTD, PartitionSpec(*positions, columns)).astype(jnp.float32)
-    grad_VD = constrain(zero_VD, stored).at[tokens_BT].add(grad_BTD)
+    grad_VD = constrain(zero_VD, stored).at[tokens_BT].add(grad_BTD.astype(jnp.float32))
     return constrain(grad_VD, stored).astype(dtype), None
 
   shape = table_VD.shape
