@@ -36,7 +36,7 @@ def lookup(
       return zero_VD.at[tokens_BT].add(grad_BTD.astype(jnp.float32)).astype(dtype), None
     stored = rules.spec(axes, "storage")
     columns = mesh_axis_names(stored[1])
-    positions = rules.spec(("batch", "seq"), "compute")
+    positions = list(rules.spec(("batch", "seq"), "compute"))
     constrain = jax.lax.with_sharding_constraint
     # One mesh axis at a time: XLA makes an all-to-all of that, but an all-gather of several.
     for i, moved in enumerate(columns):
