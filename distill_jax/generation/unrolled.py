@@ -163,18 +163,19 @@ def cache_shapes(
   angles, _ = unrolled.rest.position_inputs(Inputs(zero_11, zero_11, zero_11))(0)
   x_BTD = jax.ShapeDtypeStruct((1, 1, unrolled.rest.config.hidden_size), compute.dtype)
 
-  def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: str) -> Any:
-    """Returns the shape of a cached array, given its shape for one row and one position."""
+  sizes = kv_cache.block_sizes(size, mesh.devices.flat[0].platform)
+
+  def blocks(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: str) -> Any:
+    """Returns the shapes of a cached array's blocks, given its shape for one row and position."""
     names = tuple(axes.split())
-    whole = [rows, *shape[2:]]
-    whole.insert(names.index("seq"), size)
-    where = NamedSharding(mesh, compute.rules.spec(names, "compute"))
-    return jax.ShapeDtypeStruct(tuple(whole), dtype, sharding=where)
+    where, at = NamedSharding(mesh, compute.rules.spec(names, "compute")), names.index("seq") - 1
+    shapes = ((rows, *shape[2 : 2 + at], n, *shape[2 + at :]) for n in sizes)
+    return tuple(jax.ShapeDtypeStruct(x, dtype, sharding=where) for x in shapes)
 
   def layer_cache(block: DecoderBlock) -> kv_cache.LayerCache:
     _, cached = jax.eval_shape(lambda b, x: b.project_for_cache(x, angles), block, x_BTD)
     parts = (kv_cache.shapes(x, name, block.CACHE[name], dtype) for name, x in cached.items())
-    return {name: array(*part) for named in parts for name, part in named.items()}
+    return {name: blocks(*part) for named in parts for name, part in named.items()}
 
   made: dict[Hashable, kv_cache.LayerCache] = {}  # layers of one kind are traced once
   kinds = [_kind(block) for block in unrolled.blocks]

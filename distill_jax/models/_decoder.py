@@ -168,8 +168,7 @@ class Block(nnx.Module):
     with jax.named_scope("attention"):
       q_BTHh, new = self.project_for_cache(x_BTD, angles)
       cache = kv_cache.write(cache, new, slots_BT, self.CACHE, rules)
-      cached = kv_cache.read(cache, self.CACHE, x_BTD.dtype)
-      x_BTD = x_BTD + self.project_heads(self.attend_cached(q_BTHh, positions_BT, cached, window))
+      x_BTD = x_BTD + self.project_heads(self.attend_cached(q_BTHh, positions_BT, cache, window))
     with jax.named_scope("mlp"):
       return x_BTD + self.feed_forward(x_BTD, rules), cache
 
@@ -184,12 +183,20 @@ class Block(nnx.Module):
     self,
     q_BTHh: jax.Array,
     positions_BT: jax.Array,
-    cached: dict[str, jax.Array],
+    cache: kv_cache.LayerCache,
     window: attention.Window,
   ) -> jax.Array:
-    """Returns the output of the attention heads over the Z slots of a cache."""
-    scale = self.config.attention_scale
-    return attention.cached(q_BTHh, cached["k"], cached["v"], positions_BT, window, scale)
+    """Returns the output of the attention heads over a cache."""
+
+    def read(n: int) -> tuple[jax.Array, jax.Array]:
+      return self.keys_and_values(kv_cache.read(cache, self.CACHE, q_BTHh.dtype, n))
+
+    sizes, scale = kv_cache.sizes(cache, self.CACHE), self.config.attention_scale
+    return attention.cached(q_BTHh, read, sizes, positions_BT, window, scale)
+
+  def keys_and_values(self, cached: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns keys [B, G, h, Z] and values [B, G, Z, width] for a block of a cache."""
+    return cached["k"], cached["v"]
 
 
 class Model(nnx.Module):

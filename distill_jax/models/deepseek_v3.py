@@ -14,7 +14,7 @@ from distill_jax.errors import bad_value
 from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k, grouped_top_k
-from distill_jax.nn import attention, layers, sharding
+from distill_jax.nn import attention, kv_cache, layers, sharding
 from distill_jax.types import QKV, JsonObject
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # model_type in config.json
@@ -240,18 +240,18 @@ class Block(_decoder.Block):
     self,
     q_BTHh: jax.Array,
     positions_BT: jax.Array,
-    cached: dict[str, jax.Array],
+    cache: kv_cache.LayerCache,
     window: attention.Window,
   ) -> jax.Array:
-    """Returns the output of the attention heads over a cache.
-
-    A cached vector is the key of all heads; its first R elements are their value.
-    """
-    c, k_BGhZ = self.config, cached["latent"][:, None]
-    v_BGZR = k_BGhZ[:, :, : c.kv_lora_rank].swapaxes(2, 3)
-    a_BTHR = attention.cached(q_BTHh, k_BGhZ, v_BGZR, positions_BT, window, c.attention_scale)
-    up_RHw = self.kv_up[...][..., c.qk_nope_head_dim :]
+    """Returns the output of the attention heads over a cache."""
+    a_BTHR = super().attend_cached(q_BTHh, positions_BT, cache, window)
+    up_RHw = self.kv_up[...][..., self.config.qk_nope_head_dim :]
     return jnp.einsum("BTHR,RHw->BTHw", a_BTHR, up_RHw)
+
+  def keys_and_values(self, cached: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """A cached vector is the key of all heads; its first R elements are their value."""
+    k_BGhZ = cached["latent"][:, None]
+    return k_BGhZ, k_BGhZ[:, :, : self.config.kv_lora_rank].swapaxes(2, 3)
 
 
 LATENT_EPS = 1e-6  # epsilon of the latents' norms, which config.json does not change

@@ -9,7 +9,7 @@ lengths (splash.attention).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -149,22 +149,25 @@ def full(
 
 def cached(
   q_BTHh: jax.Array,
-  k_BGhZ: jax.Array,
-  v_BGZh: jax.Array,
+  read: Callable[[int], tuple[jax.Array, jax.Array]],
+  sizes: Sequence[int],
   positions_BT: jax.Array,
   window: Window,
   scale: float,
 ) -> jax.Array:
-  """Computes attention of T positions to the Z slots of a cache.
+  """Computes attention of T positions to the slots of a cache, which are stored in blocks.
 
   Slot z of a row holds its position z. A position attends to the slots up to its own; the other
   slots may hold any finite numbers. Scores and softmax are float32. Keys have the layout that the
   first product reads: with a few queries a row this is six times faster on a CPU than [B, Z, G, h].
 
+  Only blocks to which some row attends are read, with the running softmax of arXiv:2112.05682. To
+  a row, a block to which it does not attend makes no difference, bit for bit.
+
   Args:
     q_BTHh: queries.
-    k_BGhZ: cached keys.
-    v_BGZh: cached values.
+    read: returns the keys [B, G, h, Z] and values [B, G, Z, width] of a block, given its number.
+    sizes: the number of slots of each block.
     positions_BT: int32, the position of each query.
     window: as in `attention`.
     scale: the factor of the scores.
@@ -172,20 +175,44 @@ def cached(
   Returns:
     [B, T, H, width of values], in the dtype of the values.
   """
-  (B, T, H, h), (_, G, _, Z) = q_BTHh.shape, k_BGhZ.shape
-  sizes, at = one_of(window)
-  slots_11Z = jnp.arange(Z, dtype=jnp.int32)[None, None]
-  seen_BTZ = slots_11Z <= positions_BT[..., None]
-  if sizes != (None,):
-    seen_BTZ &= positions_BT[..., None] - slots_11Z < jnp.asarray([w or Z for w in sizes])[at]
-  Q = H // G
+  k, v = jax.eval_shape(lambda: read(0))
+  (B, T, H, h), G = q_BTHh.shape, k.shape[1]
+  Q, (windows, at) = H // G, one_of(window)
   q_BGQTh = q_BTHh.reshape(B, T, G, Q, h).transpose(0, 2, 3, 1, 4)
   dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-  scores_BGQTZ = dot(q_BGQTh.reshape(B, G, Q * T, h), k_BGhZ).reshape(B, G, Q, T, Z) * scale
-  scores_BGQTZ = jnp.where(seen_BTZ[:, None, None], scores_BGQTZ, -jnp.inf)
-  p_BGQTZ = jax.nn.softmax(scores_BGQTZ, -1).astype(v_BGZh.dtype)
-  a_BGQTh = dot(p_BGQTZ.reshape(B, G, Q * T, Z), v_BGZh).reshape(B, G, Q, T, -1)
-  return a_BGQTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(v_BGZh.dtype)
+  reach = jnp.asarray([w or sum(sizes) for w in windows])[at]
+
+  def add_block(n: int, first: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Adds a block to the largest score, the sum of exp(score - largest), and that of values."""
+    peak_BGQT, total_BGQT, a_BGQTh = sums
+    k_BGhZ, v_BGZh = read(n)
+    age_BTZ = positions_BT[..., None] - (first + jnp.arange(sizes[n], dtype=jnp.int32))[None, None]
+    seen_BTZ = (age_BTZ >= 0) & (age_BTZ < reach)
+    scores_BGQTZ = dot(q_BGQTh.reshape(B, G, Q * T, h), k_BGhZ).reshape(B, G, Q, T, -1) * scale
+    scores_BGQTZ = jnp.where(seen_BTZ[:, None, None], scores_BGQTZ, -jnp.inf)
+    new_peak_BGQT = jnp.maximum(peak_BGQT, jnp.max(scores_BGQTZ, -1))
+    p_BGQTZ = jnp.exp(scores_BGQTZ - new_peak_BGQT[..., None])
+    kept_BGQT = jnp.exp(peak_BGQT - new_peak_BGQT)
+    new_BGQTh = dot(p_BGQTZ.astype(v_BGZh.dtype).reshape(B, G, Q * T, -1), v_BGZh)
+    return (
+      new_peak_BGQT,
+      total_BGQT * kept_BGQT + jnp.sum(p_BGQTZ, -1),
+      a_BGQTh * kept_BGQT[..., None] + new_BGQTh.reshape(a_BGQTh.shape),
+    )
+
+  lowest = float(jnp.finfo(jnp.float32).min)  # not -inf, whose difference to itself is NaN
+  zeros = jnp.zeros((B, G, Q, T)), jnp.zeros((B, G, Q, T, v.shape[-1]))
+  sums = jnp.full((B, G, Q, T), lowest), *zeros
+  oldest, newest = jnp.min(positions_BT) - reach + 1, jnp.max(positions_BT)
+  first = 0
+  for n, size in enumerate(sizes):
+    add = functools.partial(add_block, n, first)
+    attended = (first <= newest) & (oldest < first + size)
+    sums = jax.lax.cond(attended, add, lambda sums: sums, sums) if len(sizes) > 1 else add(sums)
+    first += size
+  _, total_BGQT, a_BGQTh = sums
+  a_BGQTh = (a_BGQTh / total_BGQT[..., None]).astype(v.dtype)
+  return a_BGQTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
 def write_slots(

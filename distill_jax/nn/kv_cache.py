@@ -3,6 +3,9 @@
 An int8 cache stores the vector x of a position and head as round(x / s). The scale s is a float32
 number, the largest |x| of the vector divided by 127, so no number changes by more than s / 2. The
 scale depends on that vector alone, so a row's cache does not depend on the other rows.
+
+The slots of a row are divided into blocks, each an array of its own, so that attention reads only
+the blocks in use. (XLA for CPUs copies a slice of an array before it multiplies with it.)
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.nn import attention, sharding
+from distill_jax.nn.sharding import Rules
 
 DTYPES = ("", "int8")
 FEATURES = ("head_dim", "latent")  # the axis along which numbers share a scale
 MAX_INT8 = 127
 SCALE = "_scale"  # suffix of the name of an array's scales
 
-LayerCache = dict[str, jax.Array]  # arrays by the names in Block.CACHE, and their scales
+BLOCK, BLOCKS = 128, 8  # blocks have a multiple of BLOCK slots, and a row has at most BLOCKS
+
+# Arrays by the names in Block.CACHE, and their scales, in blocks of slots.
+LayerCache = dict[str, tuple[jax.Array, ...]]
 CacheAxes = dict[str, str]  # Block.CACHE: axes by array, e.g. "batch kv_heads seq head_dim"
 
 
@@ -26,8 +33,18 @@ def axes_of_scale(axes: str) -> str:
   return " ".join(a for a in axes.split() if a not in FEATURES)
 
 
+def block_sizes(slots: int, platform: str) -> tuple[int, ...]:
+  """Returns the sizes of the blocks in which the slots of a row are stored.
+
+  All but the last have the same size. On GPUs there is one block, because XLA copies the condition
+  of each conditional to the host.
+  """
+  size = slots if platform in attention.GPU else BLOCK * -(-slots // (BLOCK * BLOCKS))
+  return tuple(min(size, slots - first) for first in range(0, slots, size))
+
+
 def write(
-  cache: LayerCache, new: LayerCache, slots_BT: jax.Array, axes: CacheAxes, rules: sharding.Rules
+  cache: LayerCache, new: dict[str, jax.Array], slots_BT: jax.Array, axes: CacheAxes, rules: Rules
 ) -> LayerCache:
   """Returns the cache with T new positions written to their slots.
 
@@ -42,8 +59,15 @@ def write(
 
   def write_array(name: str, x_BT: jax.Array, axes_of_array: str) -> None:
     slot_axis = axes_of_array.split().index("seq")
-    x = attention.write_slots(cache[name], x_BT, slots_BT, slot_axis)
-    written[name] = sharding.constrain(x, axes_of_array, rules)
+    blocks, first = [], 0
+    for block in cache[name]:
+      size = block.shape[slot_axis]
+      here_BT = (slots_BT >= first) & (slots_BT < first + size)
+      at_BT = jnp.where(here_BT, slots_BT - first, size)
+      x = attention.write_slots(block, x_BT, at_BT, slot_axis)
+      blocks.append(sharding.constrain(x, axes_of_array, rules))
+      first += size
+    written[name] = tuple(blocks)
 
   for name, x_BT in new.items():
     if name + SCALE in cache:
@@ -53,17 +77,23 @@ def write(
   return written
 
 
-def read(cache: LayerCache, axes: CacheAxes, dtype: jnp.dtype) -> LayerCache:
-  """Returns the arrays of a cache in the compute dtype, by their names in `axes`."""
-  return {name: _read_array(cache, name, axes_of, dtype) for name, axes_of in axes.items()}
+def sizes(cache: LayerCache, axes: CacheAxes) -> tuple[int, ...]:
+  """Returns the number of slots of each block of a cache."""
+  name, axes_of_array = next(iter(axes.items()))
+  return tuple(block.shape[axes_of_array.split().index("seq")] for block in cache[name])
 
 
-def _read_array(cache: LayerCache, name: str, axes: str, dtype: jnp.dtype) -> jax.Array:
+def read(cache: LayerCache, axes: CacheAxes, dtype: jnp.dtype, n: int) -> dict[str, jax.Array]:
+  """Returns the arrays of block n of a cache in the compute dtype, by their names in `axes`."""
+  return {name: _read_array(cache, name, axes_of, dtype, n) for name, axes_of in axes.items()}
+
+
+def _read_array(cache: LayerCache, name: str, axes: str, dtype: jnp.dtype, n: int) -> jax.Array:
   if name + SCALE not in cache:
-    return cache[name]
+    return cache[name][n]
   feature_axis = next(i for i, axis in enumerate(axes.split()) if axis in FEATURES)
-  scale = jnp.expand_dims(cache[name + SCALE], feature_axis)
-  return (cache[name].astype(jnp.float32) * scale).astype(dtype)
+  scale = jnp.expand_dims(cache[name + SCALE][n], feature_axis)
+  return (cache[name][n].astype(jnp.float32) * scale).astype(dtype)
 
 
 def to_int8(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

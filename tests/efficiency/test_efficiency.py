@@ -154,7 +154,8 @@ def test_decode_flops_match_xla(family, shape, monkeypatch):
   kept = {"k": (1, 2, 64, S), "v": (1, 2, S, 64)}
   if family == "deepseek_v3":
     kept = {"latent": (1, 128 + 32, S)}
-  cache = tuple({n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in kept.items()} for _ in "123")
+  layer = {n: (jax.ShapeDtypeStruct(s, jnp.float32),) for n, s in kept.items()}
+  cache = (layer,) * 3
   token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   counted = jax.jit(one).lower(model, cache, token).compile().cost_analysis()["flops"]
   ours = flops.decode_flops(opened(family, "wide"), S)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_reference import arrays, by_hand, run
+from attention_reference import SCALE, arrays, by_hand, run
 
 from distill_jax import registry
 from distill_jax.errors import InputError
@@ -135,3 +135,24 @@ def test_different_rules_for_queries_and_keys_are_refused(interpreted):
     pytest.raises(InputError, match="Shard 'heads' and 'kv_heads' over the same"),
   ):
     jax.jit(lambda *x: attention.attention(*x, kernel="splash", rules=rules))(q, k, v, segments)
+
+
+@pytest.mark.parametrize("window", [None, 140, OneOf((None, 5), jnp.int32(1))])
+def test_a_row_of_a_cache_does_not_depend_on_other_rows(window):
+  """Rows of three blocks of slots; a row has the same bits whichever blocks the others read."""
+  q, k, v, segments, out_grad = arrays(300, 4, 2, 8, 16)
+  size = window.sizes[int(window.at)] if isinstance(window, OneOf) else window
+  want = by_hand(q, k, v, np.ones_like(segments), out_grad, size)[0]
+  blocks = [slice(0, 128), slice(128, 256), slice(256, 300)]
+  cache = [(k[:, b].transpose(0, 2, 3, 1), v[:, b].swapaxes(1, 2)) for b in blocks]
+  rows = np.arange(2)[:, None]
+
+  @jax.jit
+  def attend(q_BTHh, cache, positions_BT):
+    return attention.cached(q_BTHh, lambda n: cache[n], [128, 128, 44], positions_BT, window, SCALE)
+
+  cases = [np.array(([20, 21], second)) for second in ([22, 23], [127, 128], [298, 299])]
+  results = [attend(q[rows, positions], cache, positions) for positions in cases]
+  for got, positions in zip(results, cases, strict=True):
+    np.testing.assert_array_equal(got[0], results[0][0])
+    np.testing.assert_allclose(got, want[rows, positions], rtol=1e-5, atol=1e-5)

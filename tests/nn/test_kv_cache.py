@@ -41,8 +41,10 @@ def test_the_int8_cache_follows_the_formula(family):
   with jax.set_mesh(mesh):
     extend = jax.jit(lambda m, i, c: m.decode_step(i, c, decoding.COMPUTE))
     (out, kept), (small_out, small) = (extend(model, inputs, empty(d)) for d in ("", "int8"))
-  first, axes = kv_cache.read(small[0], model.blocks[0].CACHE, jnp.float32), model.blocks[0].CACHE
+  axes = model.blocks[0].CACHE
+  first = kv_cache.read(small[0], axes, jnp.float32, 0)
   assert first.keys() == kept[0].keys() == axes.keys()
+  kept = [{name: x for name, (x,) in layer.items()} for layer in kept]  # one block
   for name, x in kept[0].items():  # the first layer reads the same in both
     at = next(i for i, a in enumerate(axes[name].split()) if a in kv_cache.FEATURES)
     most = np.abs(x).max(at, keepdims=True)
