@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jax.tree_util import PyTreeDef
 from distill_jax.generation.sampling import Sampling, choose
 from distill_jax.generation.unrolled import Unrolled, empty_cache
 from distill_jax.models import DecoderCache as Cache
-from distill_jax.nn import fused_head, sharding
+from distill_jax.nn import fused_head, kv_cache, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import sampler
 from distill_jax.records.options import RecordsOptions
@@ -114,9 +115,20 @@ class Engine:
       self._model, self._prompt_cache, tokens_PC, first_P, count_P
     )
 
-  def insert(self, from_P: np.ndarray, to_P: np.ndarray) -> None:
-    """Copies rows of the prompt cache into the decoding cache; see the function `insert`."""
-    self._cache = self._programs.insert(self._cache, self._prompt_cache, from_P, to_P)
+  def insert(self, from_P: np.ndarray, to_P: np.ndarray, slots: int) -> None:
+    """Copies rows of the prompt cache into the decoding cache; see the function `insert`.
+
+    Args:
+      from_P: int32, rows of the prompt cache.
+      to_P: int32, rows of the decoding cache.
+      slots: The number of slots that prompts fill. Blocks without them are not copied.
+    """
+    sizes = kv_cache.sizes(self._cache[0], self._model.blocks[0].CACHE)
+    for n, first in enumerate(itertools.accumulate(sizes[:-1], initial=0)):
+      if first < slots:
+        read = kv_cache.block(self._prompt_cache, n)
+        new = self._programs.insert(kv_cache.block(self._cache, n), read, from_P, to_P)
+        self._cache = kv_cache.with_block(self._cache, n, new)
 
   def decode(self, rows: RowState) -> dict[str, np.ndarray]:
     """Generates the next tokens of each row, and returns the arrays of `decode_steps`."""
@@ -126,7 +138,7 @@ class Engine:
 
 class _Programs(NamedTuple):
   prefill: Callable[..., Cache]
-  insert: Callable[..., Cache]
+  insert: Callable[..., kv_cache.CacheBlock]
   decode: Callable[..., tuple[Cache, dict[str, jax.Array]]]
 
 
@@ -147,7 +159,7 @@ def _programs(
   steps = functools.partial(decode_steps, spec=spec)
   return _Programs(
     jax.jit(fill, donate_argnums=1, out_shardings=prompt_cache),
-    jax.jit(insert, donate_argnums=0, out_shardings=cache),
+    jax.jit(insert, donate_argnums=0, out_shardings=kv_cache.block(cache, 0)),
     jax.jit(steps, donate_argnums=1, out_shardings=(cache, sharding.replicated(mesh))),
   )
 
@@ -179,8 +191,13 @@ def prefill(
   return model.decode_step(Inputs(tokens_PC, first_P[:, None] + i_PC, real_PC), cache, compute)[1]
 
 
-def insert(cache: Cache, prompt_cache: Cache, from_P: jax.Array, to_P: jax.Array) -> Cache:
-  """Copies rows `from_P` of the prompt cache to rows `to_P` of the cache.
+def insert(
+  cache: kv_cache.CacheBlock,
+  prompt_cache: kv_cache.CacheBlock,
+  from_P: jax.Array,
+  to_P: jax.Array,
+) -> kv_cache.CacheBlock:
+  """Copies rows `from_P` of a block of the prompt cache to rows `to_P` of that of the cache.
 
   Rows with a target beyond the end of the cache are dropped.
   """

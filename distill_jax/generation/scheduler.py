@@ -203,7 +203,8 @@ class Scheduler:
     for i, (row, task) in enumerate(begin.items()):
       from_P[i], to_P[i] = self._prefilled.index(task.prompt), row
       self._rows[row] = GeneratedSample(task)
-    self._engine.insert(from_P, to_P)
+    longest = max(len(task.ids) for task in begin.values())
+    self._engine.insert(from_P, to_P, longest - 1)
 
   def _prefill(self, asked: Sequence[Sequence[int]]) -> None:
     """Prefills prompts without their last tokens, which the first decode step reads."""

@@ -10,6 +10,8 @@ the blocks in use. (XLA for CPUs copies a slice of an array before it multiplies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,7 @@ BLOCK, BLOCKS = 128, 8  # blocks have a multiple of BLOCK slots, and a row has a
 
 # Arrays by the names in Block.CACHE, and their scales, in blocks of slots.
 LayerCache = dict[str, tuple[jax.Array, ...]]
+CacheBlock = tuple[dict[str, jax.Array], ...]  # one block of each layer
 CacheAxes = dict[str, str]  # Block.CACHE: axes by array, e.g. "batch kv_heads seq head_dim"
 
 
@@ -81,6 +84,19 @@ def sizes(cache: LayerCache, axes: CacheAxes) -> tuple[int, ...]:
   """Returns the number of slots of each block of a cache."""
   name, axes_of_array = next(iter(axes.items()))
   return tuple(block.shape[axes_of_array.split().index("seq")] for block in cache[name])
+
+
+def block(cache: Sequence[LayerCache], n: int) -> CacheBlock:
+  """Returns block n of each layer."""
+  return tuple({name: blocks[n] for name, blocks in layer.items()} for layer in cache)
+
+
+def with_block(cache: Sequence[LayerCache], n: int, new: CacheBlock) -> tuple[LayerCache, ...]:
+  """Returns the cache with another block n."""
+  return tuple(
+    {name: (*blocks[:n], of_layer[name], *blocks[n + 1 :]) for name, blocks in layer.items()}
+    for layer, of_layer in zip(cache, new, strict=True)
+  )
 
 
 def read(cache: LayerCache, axes: CacheAxes, dtype: jnp.dtype, n: int) -> dict[str, jax.Array]:
