@@ -187,7 +187,7 @@ def cached(
     peak_BGQT, total_BGQT, a_BGQTh = sums
     k_BGhZ, v_BGZh = read(n)
     age_BTZ = positions_BT[..., None] - (first + jnp.arange(sizes[n], dtype=jnp.int32))[None, None]
-    seen_BTZ = (age_BTZ >= 0) & (age_BTZ < reach)
+    seen_BTZ = age_BTZ >= 0 if windows == (None,) else (age_BTZ >= 0) & (age_BTZ < reach)
     scores_BGQTZ = dot(q_BGQTh.reshape(B, G, Q * T, h), k_BGhZ).reshape(B, G, Q, T, -1) * scale
     scores_BGQTZ = jnp.where(seen_BTZ[:, None, None], scores_BGQTZ, -jnp.inf)
     new_peak_BGQT = jnp.maximum(peak_BGQT, jnp.max(scores_BGQTZ, -1))
@@ -203,8 +203,8 @@ def cached(
   lowest = float(jnp.finfo(jnp.float32).min)  # not -inf, whose difference to itself is NaN
   zeros = jnp.zeros((B, G, Q, T)), jnp.zeros((B, G, Q, T, v.shape[-1]))
   sums = jnp.full((B, G, Q, T), lowest), *zeros
-  oldest, newest = jnp.min(positions_BT) - reach + 1, jnp.max(positions_BT)
-  first = 0
+  oldest = 0 if windows == (None,) else jnp.min(positions_BT) - reach + 1
+  newest, first = jnp.max(positions_BT), 0
   for n, size in enumerate(sizes):
     add = functools.partial(add_block, n, first)
     attended = (first <= newest) & (oldest < first + size)

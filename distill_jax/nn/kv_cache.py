@@ -63,11 +63,11 @@ def write(
   def write_array(name: str, x_BT: jax.Array, axes_of_array: str) -> None:
     slot_axis = axes_of_array.split().index("seq")
     blocks, first = [], 0
-    for block in cache[name]:
-      size = block.shape[slot_axis]
+    for old in cache[name]:
+      size = old.shape[slot_axis]
       here_BT = (slots_BT >= first) & (slots_BT < first + size)
       at_BT = jnp.where(here_BT, slots_BT - first, size)
-      x = attention.write_slots(block, x_BT, at_BT, slot_axis)
+      x = attention.write_slots(old, x_BT, at_BT, slot_axis)
       blocks.append(sharding.constrain(x, axes_of_array, rules))
       first += size
     written[name] = tuple(blocks)

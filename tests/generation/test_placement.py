@@ -105,7 +105,9 @@ def test_no_weights_are_gathered_in_a_step_on_tpus():
     from distill_jax.preflight import topology
     topology.prepare()
     import json, test_placement
+    from distill_jax.nn import kv_cache
     from distill_jax.nn.sharding import MeshOptions
+    kv_cache.BLOCK = 16
     mesh = topology.make_mesh(MeshOptions(fsdp=2, tensor=2), "v5e:2x2")
     print(json.dumps(test_placement.compiled_bytes(mesh)))"""
   folders = [str(Path(__file__).parent), *filter(None, sys.path)]

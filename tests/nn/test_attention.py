@@ -156,3 +156,5 @@ def test_a_row_of_a_cache_does_not_depend_on_other_rows(window):
   for got, positions in zip(results, cases, strict=True):
     np.testing.assert_array_equal(got[0], results[0][0])
     np.testing.assert_allclose(got, want[rows, positions], rtol=1e-5, atol=1e-5)
+  unread = cache[:1] + [(k * np.nan, v * np.nan) for k, v in cache[1:]]
+  np.testing.assert_array_equal(attend(q[rows, cases[0]], unread, cases[0]), results[0])

@@ -28,6 +28,14 @@ def test_the_int8_error_is_at_most_half_a_step():
   assert (off.max(-1) > most_BTG * 0.3 / 127)[most_BTG > 0].all()  # not more than 8 bits
 
 
+def test_blocks_of_slots():
+  """There are at most 8 blocks, of 128 slots or a multiple, and the last has the rest."""
+  assert kv_cache.block_sizes(100, "cpu") == (100,)
+  assert kv_cache.block_sizes(1_000, "tpu") == (128,) * 7 + (104,)
+  assert kv_cache.block_sizes(4_097, "tpu") == (640,) * 6 + (257,)
+  assert kv_cache.block_sizes(4_097, "gpu") == (4_097,)
+
+
 @pytest.mark.parametrize("family", KINDS)
 def test_the_int8_cache_follows_the_formula(family):
   """An int8 cache has the numbers of an ordinary one within half a step, and is smaller."""

@@ -1,6 +1,7 @@
 """Compares the speed of decoding with `generate` of transformers, on the same model and cores.
 
-  python tools/bench/decode.py [--rounds=3] [--batch=32] [--prompt=64] [--new=64]
+  python tools/bench/decode.py [--rounds=3] [--batch=32] [--prompts=32] [--prompt=64] [--new=64]
+                               [--cache_len=1024]
 
 The model is SmolLM2-135M from its package, in float32. Decoding is greedy and does not stop at the
 end of text, so that both generate the same number of tokens: 64 for each of 32 prompts with 64
@@ -31,7 +32,7 @@ CONTESTANTS = ("ours", "transformers")
 CORES = len(os.sched_getaffinity(0))
 
 
-def prepare(folder: Path, batch: int, length: int) -> None:
+def prepare(folder: Path, prompts: int, length: int) -> None:
   """Writes the model as a float32 folder, which both sides read, and the prompts."""
   import jax
 
@@ -49,11 +50,12 @@ def prepare(folder: Path, batch: int, length: int) -> None:
   )
   tokenizer = corpus.tokenizer_of(DataOptions(), source)
   texts = sources.documents(sources.DocumentSource("pydoc", heldout_fraction=0.0))
-  prompts = [ids[:length] for t in texts if len(ids := tokenizer.encode(t)) >= length][:batch]
-  (folder / "prompts.json").write_text(json.dumps(prompts))
+  some = [ids[:length] for t in texts if len(ids := tokenizer.encode(t)) >= length][:prompts]
+  assert len(some) == prompts, f"there are only {len(some)} prompts"
+  (folder / "prompts.json").write_text(json.dumps(some))
 
 
-def ours(folder: Path, prompts: list[list[int]], new: int):
+def ours(folder: Path, prompts: list[list[int]], args: argparse.Namespace):
   import jax
 
   from distill_jax.data.tokenizers import load_tokenizer
@@ -70,17 +72,16 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   from distill_jax.nn.layers import ComputeConfig
 
   compute, mesh = ComputeConfig(), sharding.make_mesh(devices=jax.devices()[:1])
-  rows = len(prompts)
-  c = DecodingOptions(cache_len=len(prompts[0]) + new, batch_size=rows)
+  c = DecodingOptions(cache_len=args.cache_len, batch_size=args.batch)
   stops = Stops(load_tokenizer(folder))
   vocab_size = stops.tokenizer.vocab_size
   jax.set_mesh(mesh)
   model = unroll(load.load_model(open_model(str(folder)), mesh, compute), compute)
   spec = EngineSpec(compute, Sampling(0.0), c.steps, (), vocab_size)
-  engine = Engine(model, mesh, spec, rows, c.prefill_rows, c.cache_len, runs.keys(0))
+  engine = Engine(model, mesh, spec, c.batch_size, c.prefill_rows, c.cache_len, runs.keys(0))
 
   def run() -> list[list[int]]:
-    scheduler = Scheduler(engine, stops, (), c, new)
+    scheduler = Scheduler(engine, stops, (), c, args.new)
     tasks = [Task(i, 0, ids) for i, ids in enumerate(prompts)]
     done = [s for finished, _ in scheduler.run(tasks) for s in finished]
     return [s.tokens for s in sorted(done, key=lambda s: s.key)]
@@ -88,59 +89,66 @@ def ours(folder: Path, prompts: list[list[int]], new: int):
   return run
 
 
-def theirs(folder: Path, prompts: list[list[int]], new: int):
+def theirs(folder: Path, prompts: list[list[int]], args: argparse.Namespace):
   import torch
   import transformers
 
   torch.set_num_threads(CORES)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-  ids = torch.tensor(prompts)
 
-  def run() -> list[list[int]]:
+  def generate(some: list[list[int]]) -> list[list[int]]:
+    ids = torch.tensor(some)
     with torch.inference_mode():
       out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
+        max_new_tokens=args.new,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
       )
     return out[:, ids.shape[1] :].tolist()
 
+  def run() -> list[list[int]]:
+    firsts = range(0, len(prompts), args.batch)
+    return [text for i in firsts for text in generate(prompts[i : i + args.batch])]
+
   return run
 
 
-def contest(name: str, folder: Path, new: int) -> None:
+def contest(name: str, folder: Path, args: argparse.Namespace) -> None:
   prompts = json.loads((folder / "prompts.json").read_text())
-  run = (ours if name == "ours" else theirs)(folder, prompts, new)
+  run = (ours if name == "ours" else theirs)(folder, prompts, args)
   run()
-  start = time.perf_counter()
+  start, cpu_start = time.perf_counter(), time.process_time()
   tokens = run()
-  print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}))
+  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+  print(json.dumps({"seconds": seconds, "cpu": cpu, "tokens": tokens}))
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--batch", type=int, default=32)
+  parser.add_argument("--prompts", type=int, default=32)
   parser.add_argument("--prompt", type=int, default=64)
   parser.add_argument("--new", type=int, default=64)
+  parser.add_argument("--cache_len", type=int, default=1024)
   parser.add_argument("--contest", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.contest:
-    contest(args.contest[0], Path(args.contest[1]), args.new)
+    contest(args.contest[0], Path(args.contest[1]), args)
     return
   load = os.getloadavg()[0]
   rows: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
   with tempfile.TemporaryDirectory() as folder:
-    prepare(Path(folder) / "model", args.batch, args.prompt)
+    prepare(Path(folder) / "model", args.prompts, args.prompt)
     for i in range(args.rounds):
       for name in CONTESTANTS[:: 1 if i % 2 else -1]:
-        line = [sys.executable, __file__, "--contest", name, f"{folder}/model", f"--new={args.new}"]
+        line = [sys.executable, __file__, *sys.argv[1:], "--contest", name, f"{folder}/model"]
         done = subprocess.run(line, stdout=subprocess.PIPE, check=True, text=True)
         rows[name].append(json.loads(done.stdout.splitlines()[-1]))
-  made = args.batch * args.new
+  made = args.prompts * args.new
   rate = {n: statistics.median(made / r["seconds"] for r in rows[n]) for n in CONTESTANTS}
   pairs = list(zip(*(rows[n] for n in CONTESTANTS), strict=True))
   same = [
@@ -151,6 +159,7 @@ def main() -> None:
   ]
   figures = {
     "speedup_over_transformers": statistics.median(b["seconds"] / a["seconds"] for a, b in pairs),
+    "speedup_in_cpu_time": statistics.median(b["cpu"] / a["cpu"] for a, b in pairs),
     **{f"{name}.tokens_per_second": rate[name] for name in CONTESTANTS},
     "same_tokens": sum(same) / len(same),
     "load_before": load,
