@@ -2,9 +2,9 @@
 
 A decode step reads the weights and the caches of all its rows, and computes one token for each row.
 The own decoder (generation/) allocates cache_len positions for each row. A step reads the blocks up
-to the longest text of the batch (nn/kv_cache.py); the bounds assume a text of cache_len positions. A
-server (vLLM, SGLang) stores and reads only the positions of each text, and starts a new text in the
-same step in which another ends, which is why it is faster for long texts whose lengths differ.
+to the longest text of the batch (nn/kv_cache.py); the bounds assume a text of cache_len positions.
+A server (vLLM, SGLang) stores and reads only the positions of each text, and starts a new text in
+the same step in which another ends, which is why it is faster for long texts whose lengths differ.
 """
 
 from __future__ import annotations

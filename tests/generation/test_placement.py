@@ -55,12 +55,12 @@ def test_texts_and_records_are_equal_bit_for_bit(family):
       np.testing.assert_array_equal(np.array(other.records[name]), np.array(x), name)
 
 
-def compiled_bytes(mesh):
+def compiled_bytes(mesh, slots):
   """Returns the bytes of weights and caches, and by column the bytes gathered in each step."""
   compute = ComputeConfig("bfloat16")
   c = dataclasses.replace(llama.TINY, hidden_size=128, intermediate_size=512, vocab_size=2_048)
   model = jax.eval_shape(lambda key: llama.Model(c, key), jax.random.key(0))
-  need = placement.memory(model, compute, mesh, OPTIONS)
+  need = placement.memory(model, compute, mesh, dataclasses.replace(OPTIONS, cache_len=slots))
   whole = sharding.replicated(mesh)
   shape_of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
   rows = RowState(*(shape_of(jnp.int32, 4),) * 6).replace(alive_B=shape_of(bool, 4))
@@ -69,7 +69,7 @@ def compiled_bytes(mesh):
   result = {"need": need._asdict()}
   for column in ("storage", "compute"):
     model_shapes = unrolled_shapes(model, compute, mesh, column)
-    cache = cache_shapes(model_shapes, 4, SIZE, compute, mesh)
+    cache = cache_shapes(model_shapes, 4, slots, compute, mesh)
     with jax.set_mesh(mesh):
       where = jax.tree.map(lambda x: x.sharding, cache), whole
       step = jax.jit(functools.partial(decode_steps, spec=spec), out_shardings=where)
@@ -96,7 +96,7 @@ def check_compiled(r, gathers):
 
 def test_no_weights_are_gathered_in_a_step():
   """The compiler for CPUs moves the gathers of the old way out of the loop of 8 steps."""
-  check_compiled(compiled_bytes(sharding.make_mesh(fsdp=2, tensor=2)), gathers=1 / STEPS)
+  check_compiled(compiled_bytes(sharding.make_mesh(fsdp=2, tensor=2), SIZE), gathers=1 / STEPS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -105,11 +105,9 @@ def test_no_weights_are_gathered_in_a_step_on_tpus():
     from distill_jax.preflight import topology
     topology.prepare()
     import json, test_placement
-    from distill_jax.nn import kv_cache
     from distill_jax.nn.sharding import MeshOptions
-    kv_cache.BLOCK = 16
     mesh = topology.make_mesh(MeshOptions(fsdp=2, tensor=2), "v5e:2x2")
-    print(json.dumps(test_placement.compiled_bytes(mesh)))"""
+    print(json.dumps(test_placement.compiled_bytes(mesh, slots=256)))"""
   folders = [str(Path(__file__).parent), *filter(None, sys.path)]
   env = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
   run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
