@@ -202,7 +202,7 @@ def cached(
 
   lowest = float(jnp.finfo(jnp.float32).min)  # not -inf, whose difference to itself is NaN
   zeros = jnp.zeros((B, G, Q, T)), jnp.zeros((B, G, Q, T, v.shape[-1]))
-  sums = jnp.full((B, G, Q, T), lowest), *zeros
+  sums: tuple[jax.Array, ...] = (jnp.full((B, G, Q, T), lowest), *zeros)
   oldest = 0 if windows == (None,) else jnp.min(positions_BT) - reach + 1
   newest, first = jnp.max(positions_BT), 0
   for n, size in enumerate(sizes):
