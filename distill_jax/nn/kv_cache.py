@@ -4,7 +4,7 @@ An int8 cache stores the vector x of a position and head as round(x / s). The sc
 number, the largest |x| of the vector divided by 127, so no number changes by more than s / 2. The
 scale depends on that vector alone, so a row's cache does not depend on the other rows.
 
-The slots of a row are divided into blocks, each an array of its own, so that attention reads only
+The slots of a row are divided into blocks, which are separate arrays, so that attention reads only
 the blocks in use. (XLA for CPUs copies a slice of an array before it multiplies with it.)
 """
 
@@ -39,7 +39,7 @@ def axes_of_scale(axes: str) -> str:
 def block_sizes(slots: int, platform: str) -> tuple[int, ...]:
   """Returns the sizes of the blocks in which the slots of a row are stored.
 
-  All but the last have the same size. On GPUs there is one block, because XLA copies the condition
+  Blocks except the last have the same size. On GPUs there is one block, because XLA copies the condition
   of each conditional to the host.
   """
   size = slots if platform in attention.GPU else BLOCK * -(-slots // (BLOCK * BLOCKS))

@@ -22,9 +22,9 @@ busy machine, give both sides one core and compare the CPU time, which then has 
 gave 1.17 in CPU time and 1.61 in wall time, with equal tokens, at a load of 6. Products bound the
 ratio: both sides multiply equally fast (about 50 GFLOPS a core with 32 rows, in MKL as in XLA), and
 products are 115 of the 160 ms of thread time of our step with 128 slots. The ratio used to depend
-on `--cache_len`, because a step read the whole cache. In CPU time, a step of 32 rows at position 100
-took 350 and 374 ms with 1,024 slots and 162 ms with 128. A step that reads the blocks in use takes
-191 and 217 ms with 1,024.
+on `--cache_len`, because a step read the whole cache. In CPU time, a step of 32 rows at position
+100 took 350 and 374 ms with 1,024 slots and 162 ms with 128. A step that reads the blocks in use
+takes 191 and 217 ms with 1,024.
 """
 
 from __future__ import annotations
