@@ -39,8 +39,8 @@ def axes_of_scale(axes: str) -> str:
 def block_sizes(slots: int, platform: str) -> tuple[int, ...]:
   """Returns the sizes of the blocks in which the slots of a row are stored.
 
-  Blocks except the last have the same size. On GPUs there is one block, because XLA copies the condition
-  of each conditional to the host.
+  Blocks except the last have the same size. On GPUs there is one block, because XLA copies the
+  condition of each conditional to the host.
   """
   size = slots if platform in attention.GPU else BLOCK * -(-slots // (BLOCK * BLOCKS))
   return tuple(min(size, slots - first) for first in range(0, slots, size))
