@@ -17,7 +17,7 @@ DCN = "dcn "  # prefix of the kinds of transfers between slices
 # An all-gather over a whole 3D torus is compiled to a sum of arrays that are mostly zero.
 BY_ADDING = "all-gather as all-reduce"
 BYTES = {"pred": 1, "bf16": 2}
-_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _CALL = re.compile(r"(?:^|[ })\]])([a-z][a-z0-9-]*)\(([^)]*)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -27,6 +27,8 @@ _CALLED = re.compile(
 _TRANSFER = re.compile(r'megascale_transfer_type="(\w+)"')
 _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_BODY = re.compile(r"body=%?([\w.-]+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _TUPLE_INDEX = re.compile(r"index=(\d+)")
 
 
@@ -106,7 +108,9 @@ class HloText:
   def __init__(self, hlo: str, slices: int = 1):
     self.slices = slices
     self._totals: dict[str, dict[str, float]] = {}  # bytes by kind, by computation
+    self._chains: dict[str, Op] = {}  # the first instruction of each chain
     self.computations: dict[str, Computation] = {}
+    self.roots: dict[str, Op] = {}  # the results of computations
     for line in hlo.splitlines():
       # %turn (state.1: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
       if line.endswith("{") and not line.startswith((" ", "HloModule")):
@@ -115,9 +119,11 @@ class HloText:
         if line.startswith("ENTRY "):
           self.entry = name
       elif match := _LINE.match(line):
-        op = _op(match[2])
+        op = _op(match[3])
         if op is not None:
-          self.computations[name][match[1]] = op
+          self.computations[name][match[2]] = op
+          if match[1]:
+            self.roots[name] = op
 
   def sent(self) -> dict[str, int]:
     """Returns the bytes that a device sends in one run of the program, by kind."""
@@ -150,6 +156,10 @@ class HloText:
       return Sent(DCN + kind, _bytes(payload) * _sent_share(kind, self.slices))
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
+      return None
+    # One transfer that overlaps with several fusions is an instruction in each of them:
+    # %all-gather.2 = bf16[64,8]{1,0} all-gather(%x), …, frontend_attributes={chain_id="3"}
+    if (chain := _CHAIN.search(op.text)) and self._chains.setdefault(chain[1], op) is not op:
       return None
     n = group_size(op.text)
     payload_bytes, _ = COLLECTIVES[kind]
@@ -196,7 +206,20 @@ class HloText:
     start, first = computation.get(loop.operands[0]), None
     if index and start and start.opcode == "tuple":
       first = _constant(computation, start.operands[int(index[1])])
-    return limit - (first or 0)
+    return math.ceil((limit - (first or 0)) / (self._step(loop, int(index[1])) if index else 1))
+
+  def _step(self, loop: Op, index: int) -> int:
+    """Returns the constant that an iteration adds to an element of a loop's state; 1 by default."""
+    # %turn (state.1: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
+    #   %j = s32[] add(%i.1, %two)
+    #   ROOT %out = (s32[], bf16[64,8]{1,0}) tuple(%j, %all-gather.1)
+    named = _BODY.search(loop.text)
+    assert named is not None
+    body, root = self.computations[named[1]], self.roots.get(named[1])
+    counter = body.get(root.operands[index]) if root and root.opcode == "tuple" else None
+    if counter is None or counter.opcode != "add":
+      return 1
+    return _constant(body, counter.operands[1]) or 1
 
   def _comparisons(self, condition: Computation) -> Iterator[tuple[Op, int]]:
     """Yields the comparisons with a constant, each with the constant."""

@@ -92,6 +92,22 @@ def test_notations_in_tpu_programs():
   }
 
 
+def test_a_loop_in_steps_of_two():
+  """The loop from 2 to 7 has three iterations."""
+  add = "  %two.1 = s32[] constant(2)\n  %j = s32[] add(%i.1, %two.1)\n  ROOT %out"
+  sent = collectives.HloText(TPU_TEXT.replace("  ROOT %out", add), slices=2).sent()
+  assert sent["all-gather"] == 3 * 64 * 8 * 2 * 3 // 4
+
+
+def test_a_transfer_during_several_fusions_is_counted_once():
+  chain = 'dimensions={0}, frontend_attributes={chain_id="3"}\n'
+  first = TPU_TEXT.replace("dimensions={0}\n", chain)
+  line = next(line for line in first.splitlines() if "chain_id" in line)
+  both = first.replace(line, line + "\n" + line.replace("all-gather.1 ", "all-gather.2 "))
+  assert both.count("chain_id") == 2
+  assert collectives.HloText(both, slices=2).sent() == collectives.HloText(TPU_TEXT, 2).sent()
+
+
 def test_a_loop_of_unknown_length_raises():
   with pytest.raises(ValueError, match="compares 0 counters instead of one"):
     collectives.HloText(TPU_TEXT.replace("direction=LT", "direction=NE")).sent()
