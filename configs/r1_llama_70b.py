@@ -11,8 +11,8 @@ for a step on v5p:4x4x8, with 256 sequences of 4,096 tokens or 128 of 32,768 (on
 device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096    36.5 of 95.74      554   10.32    75%     101,633      3,005
-    32,768    74.3 of 95.74      554   53.34    73%      78,630      3,884
+     4,096    36.5 of 95.74      415   10.32    75%     101,633      3,005
+    32,768    73.3 of 95.74      415   53.34    73%      78,630      3,884
 
 With configs/r1_llama_70b.py:131072 each sequence is spread over 16 devices. Estimates for a step on
 v5p:4x4x4, with 4 sequences of 131,072 tokens, at a compiler effort that is lower, so that the bytes

@@ -12,7 +12,7 @@ device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    13.5 of 95.74       45    2.28    76%     460,297        332
-    32,768    20.0 of 95.74       61    6.97    73%     300,853        508
+    32,768    19.4 of 95.74       45    6.97    73%     300,853        508
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

@@ -11,8 +11,8 @@ for a step on v5p:4x4x4, with 256 sequences of 4,096 tokens or 64 of 32,768 (one
 device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096    23.2 of 95.74      112    4.26    75%     245,969        621
-    32,768    32.1 of 95.74      112   13.05    72%     160,658        951
+     4,096    23.2 of 95.74       87    4.26    75%     245,969        621
+    32,768    31.4 of 95.74       87   13.05    72%     160,658        951
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

@@ -11,8 +11,8 @@ for a step on v5e:4x8, with 128 sequences of 4,096 tokens or 32 of 32,768 (one p
 device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-     4,096     6.9 of 15.75       21    1.12    77%     468,085        163
-    32,768     6.7 of 15.75       21    4.09    72%     256,617        298
+     4,096     6.9 of 15.75        9    1.12    77%     468,085        163
+    32,768     7.0 of 15.75        9    4.09    72%     256,617        298
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

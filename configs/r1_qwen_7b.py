@@ -12,7 +12,7 @@ device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    14.0 of 95.74       45    2.11    76%     496,446        308
-    32,768    18.3 of 95.74       57    6.07    73%     345,323        442
+    32,768    17.9 of 95.74       45    6.07    73%     345,323        442
 
 With configs/r1_qwen_7b.py:131072 each sequence is spread over 16 devices. Estimates for a step on
 v5p:4x4x4, with 4 sequences of 131,072 tokens, at a compiler effort that is lower, so that the bytes
