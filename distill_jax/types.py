@@ -106,8 +106,7 @@ class Targets(struct.PyTreeNode, kw_only=True):
     label_logp_BT: float32, log p(label) in nats.
     argmax_BT: int32, the most probable token.
     taps_BPTD: features of the tapped layers.
-    head_VD: the unembedding of an online teacher, or a tree with it. Its arrays are the only ones
-      without a position axis.
+    head_VD: the unembedding of an online teacher, or a tree with it; no axis of positions.
     temperature: the temperature of the stored distribution.
   """
 
@@ -118,13 +117,14 @@ class Targets(struct.PyTreeNode, kw_only=True):
   head_VD: PyTree = None
   temperature: float = struct.field(pytree_node=False, default=1.0)
 
+  def with_logits(self) -> Self:
+    """Returns the targets with the logits of an online teacher, other targets unchanged."""
+    return self
+
   def divergence(
     self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
   ) -> jax.Array:
-    """Returns the divergence between these targets and the student's logits, float32 [B, C].
-
-    `terms` is from losses/divergences.py, and `temperature` applies to both distributions.
-    """
+    """Returns a divergence of teacher and student at the temperature, float32 [B, C]."""
     raise NotImplementedError
 
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:

@@ -8,8 +8,6 @@ student position they hold DEPTH hidden states.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -88,13 +86,10 @@ class ProjectedTargets(DenseTargets, kw_only=True):
     """Returns the logarithms of the projected probabilities, float32 [B, C, student tokens].
 
     Tokens to which nothing leads have the smallest probability of float32: unlike padding rows of
-    the head, they are outcomes. Losses and metrics share the result, because XLA does not see that
-    two loops compute the same.
+    the head, they are outcomes.
     """
-    return self._logp_BCV
-
-  @functools.cached_property
-  def _logp_BCV(self) -> jax.Array:
+    if self.logits_BTV is not None:
+      return self.logits_BTV
     head, tables = self.head_VD.rows_VD, self.head_VD.tables
     is_token_V = jnp.arange(len(head)) < len(tables.order_V)
 

@@ -41,7 +41,7 @@ class Loss(TokenLoss):
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
     lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
-    label_BC = jnp.take_along_axis(logits_BCV, batch.labels_BT[..., None], -1)[..., 0]
+    label_BC = fused_head.label_logit(logits_BCV, batch.labels_BT)
     loss_BC = lse_BC - label_BC
     if self.label_smoothing or batch.smoothing_BT is not None:
       own_BC = 0.0 if batch.smoothing_BT is None else batch.smoothing_BT

@@ -9,6 +9,8 @@ SpanTargets     The text alone: log-probabilities of its spans, by a teacher wit
 
 from __future__ import annotations
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -30,24 +32,34 @@ class DenseTargets(Targets, kw_only=True):
     head_VD: The unembedding; see types.Output.
     soft_cap: Soft cap of the logits; see types.Output.
     contrastive: True if the head is made of the batch; see types.Output.
+    logits_BTV: The logits of a chunk, from `with_logits`; None before.
   """
 
   hidden_BTD: jax.Array
   soft_cap: float | None = struct.field(pytree_node=False, default=None)
   contrastive: bool = struct.field(pytree_node=False, default=False)
+  logits_BTV: jax.Array | None = None
 
   def logits(self) -> jax.Array:
     """Returns the teacher's logits, float32 [B, C, V]."""
+    if self.logits_BTV is not None:
+      return self.logits_BTV
     assert self.head_VD is not None
     logits_BCV = fused_head.logits(self.hidden_BTD, self.head_VD)
     return fused_head.soft_cap(logits_BCV, self.soft_cap)
+
+  def with_logits(self) -> Self:
+    return self.replace(logits_BTV=self.logits(), head_VD=None)
+
+  def aligned_logits(self, logits_BCV: jax.Array) -> jax.Array:
+    """Returns the teacher's logits over the rows of the student's head; padding rows are -inf."""
+    return fused_head.fit_rows(self.logits(), logits_BCV)
 
   def log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p, log q) over the rows of the student's head; padding rows are -inf."""
-    teacher_BCV = fused_head.fit_rows(self.logits(), logits_BCV)
-    logp_BCV = jax.nn.log_softmax(teacher_BCV / temperature)
+    logp_BCV = jax.nn.log_softmax(self.aligned_logits(logits_BCV) / temperature)
     return logp_BCV, jax.nn.log_softmax(logits_BCV / temperature)
 
   def divergence(
@@ -57,18 +69,16 @@ class DenseTargets(Targets, kw_only=True):
     return _sum(terms, *self.log_probs(logits_BCV, temperature))
 
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    return self.divergence(divergences.forward_kl, logits_BCV, temperature)
+    return fused_head.kl(self.aligned_logits(logits_BCV), logits_BCV, temperature)
 
   def label_logp(self, logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array:
-    logp_BCV, _ = self.log_probs(jax.lax.stop_gradient(logits_BCV))
-    return jnp.take_along_axis(logp_BCV, labels_BC[..., None], -1)[..., 0]
+    return fused_head.label_logp(self.aligned_logits(logits_BCV), labels_BC)
 
   def entropy(self, logits_BCV: jax.Array) -> jax.Array:
-    logp_BCV, _ = self.log_probs(jax.lax.stop_gradient(logits_BCV))
-    return -jnp.sum(jnp.where(logp_BCV > -jnp.inf, jnp.exp(logp_BCV) * logp_BCV, 0.0), -1)
+    return fused_head.entropy(self.aligned_logits(logits_BCV))
 
   def argmax(self, logits_BCV: jax.Array) -> jax.Array:
-    return jnp.argmax(self.log_probs(logits_BCV)[0], -1)
+    return jnp.argmax(self.aligned_logits(logits_BCV), -1)
 
 
 class TopKTargets(Targets, kw_only=True):

@@ -17,11 +17,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.nn import chunks, head_chunks, mesh_in_use, sharding
+from distill_jax.nn import chunks, head_blocks, head_chunks, mesh_in_use, sharding
 from distill_jax.nn.head_chunks import HeadChunks, SumOverBatch
 from distill_jax.nn.logits import (
   cap_and_select,
+  entropy,
   fit_rows,
+  kl,
+  label_logit,
   label_logp,
   log_sum_exp,
   logits,
@@ -35,8 +38,11 @@ from distill_jax.types import Batch, PyTree
 __all__ = [
   "cap_and_select",
   "each",
+  "entropy",
   "fit_rows",
   "fold",
+  "kl",
+  "label_logit",
   "label_logp",
   "log_sum_exp",
   "logits",
@@ -49,10 +55,10 @@ __all__ = [
 # (logits_BCV float32, a chunk of the batch) -> a tree of arrays that are summed over chunks.
 ChunkFn = Callable[[jax.Array, Batch], PyTree]
 # (logits_BCV float32, a chunk of the batch) -> (loss, metrics). The loss is a scalar, which is
-# differentiated; the metrics are a tree of arrays. Both are summed over chunks.
+# differentiated; the metrics are a tree of arrays. Both are summed over chunks, which on CPUs are
+# divided further: [1, some of the B * C positions, V].
 ChunkLossFn = Callable[[jax.Array, Batch], tuple[jax.Array, PyTree]]
 _float32_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-BLOCK_BYTES = 2**23  # maximum size of the part of the head's gradient that one product computes
 
 
 def fold(
@@ -102,7 +108,7 @@ def each(
     def of_chunk(_, xs):
       hidden_BCD, piece = xs
       with jax.named_scope("head"):
-        return None, chunk_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_heads(piece))
+        return None, chunk_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_logits(piece))
 
     _, values = jax.lax.scan(of_chunk, None, (pieces.hidden_nBCD, pieces.batch))
     return jax.tree.map(lambda x_nBC: chunks.join(x_nBC, hidden_BTD.shape[1]), values)
@@ -185,6 +191,21 @@ def loss(
   return total_loss(hidden_BTD, head_VD)
 
 
+def pull_back(
+  grad_BCV: jax.Array, hidden_BCD: jax.Array, head_VD: jax.Array, head_grad_VD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradient of a chunk's hidden states, and the head's with that of the chunk added.
+
+  Args:
+    grad_BCV: The gradient of the chunk's logits.
+    hidden_BCD: The chunk's hidden states.
+    head_VD: The unembedding.
+    head_grad_VD: The sum over the chunks before, float32.
+  """
+  hidden_grad_BCD = _float32_dot("BCV,VD->BCD", grad_BCV, head_VD).astype(head_VD.dtype)
+  return hidden_grad_BCD, head_grad_VD + _float32_dot("BCV,BCD->VD", grad_BCV, hidden_BCD)
+
+
 def _scan_values(
   chunk_fn: ChunkFn,
   chunk: int,
@@ -199,7 +220,7 @@ def _scan_values(
 
   def value_of(hidden_BCD, piece):
     with jax.named_scope("head"):
-      return chunk_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_heads(piece))
+      return chunk_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_logits(piece))
 
   def add_chunk(sums, xs):
     return jax.tree.map(jnp.add, sums, value_of(*xs)), None
@@ -227,7 +248,7 @@ def _scan_gradients(
     chunk i -> logits -> loss_fn -+-> (loss, metrics)              added to `sums`
                                   |
                                   +-> gradient of the logits
-                                        times hidden states        added to `head_grad_svD`
+                                        times hidden states        added to `head_grad_VD`
                                         times the head             stored in hidden_grad_nBCD[i]
 
   Returns:
@@ -236,89 +257,41 @@ def _scan_gradients(
     device's positions. Without `head_is_trained` the gradient of the head is None everywhere.
   """
   pieces = head_chunks.split(hidden_BTD, batch, chunk)
-  head_svD, blocks = _shards_and_blocks(head_VD, shards)
 
-  def value_and_grad(hidden_BCD, piece):
-    """Returns ((loss, metrics), gradient of the logits) for a chunk."""
-    with jax.named_scope("head"):
-      logits_BCV = logits(hidden_BCD, head_VD, vocab_size)
-      value, pull, metrics = jax.vjp(
-        lambda z_BCV: loss_fn(z_BCV, pieces.with_heads(piece)), logits_BCV, has_aux=True
-      )
-      grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
-    return (value, metrics), grad_BCV
+  def add_loss(sums, logits_BCV, piece):
+    """Returns ((loss, metrics) with those of a chunk added, the gradient of its logits)."""
+    value, pull, metrics = jax.vjp(lambda z_BCV: loss_fn(z_BCV, piece), logits_BCV, has_aux=True)
+    grad_BCV = pull(jnp.ones_like(value))[0].astype(head_VD.dtype)
+    return jax.tree.map(jnp.add, sums, (value, metrics)), grad_BCV
+
+  def in_cache(cpu: Callable[..., PyTree], other: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """Calls `cpu` on a CPU that holds the whole vocabulary, otherwise the equivalent `other`."""
+    return other(*args) if shards > 1 else jax.lax.platform_dependent(*args, cpu=cpu, default=other)
 
   def add_chunk(carry, xs):
-    (sums, head_grad_svD), (hidden_BCD, piece) = carry, xs
-    chunk_sums, grad_BCV = value_and_grad(hidden_BCD, piece)
+    (sums, head_grad_VD), (hidden_BCD, piece) = carry, xs
     with jax.named_scope("head"):
-      if head_grad_svD is None:
+      logits_BCV = logits(hidden_BCD, head_VD, vocab_size)
+      piece = pieces.with_logits(piece)
+      by_rows = functools.partial(head_blocks.by_rows, add_loss)
+      sums, grad_BCV = in_cache(by_rows, add_loss, sums, logits_BCV, piece)
+      if head_grad_VD is None:
         hidden_grad_BCD = _float32_dot("BCV,VD->BCD", grad_BCV, head_VD).astype(head_VD.dtype)
       else:
-        hidden_grad_BCD, head_grad_svD = _pull_back(
-          grad_BCV, hidden_BCD, head_svD, head_grad_svD, blocks
-        )
-    return (jax.tree.map(jnp.add, sums, chunk_sums), head_grad_svD), hidden_grad_BCD
+        args = (grad_BCV, hidden_BCD, head_VD, head_grad_VD)
+        hidden_grad_BCD, head_grad_VD = in_cache(head_blocks.pull_back, pull_back, *args)
+    return (sums, head_grad_VD), hidden_grad_BCD
 
-  zero_sums = _zeros_like_result(lambda *xs: value_and_grad(*xs)[0], pieces)
-  carry = zero_sums, jnp.zeros(head_svD.shape, jnp.float32) if head_is_trained else None
+  def value_of(hidden_BCD, piece):
+    return loss_fn(logits(hidden_BCD, head_VD, vocab_size), pieces.with_logits(piece))
+
+  zero_VD = jnp.zeros(head_VD.shape, jnp.float32) if head_is_trained else None
+  carry = _zeros_like_result(value_of, pieces), zero_VD
   carry, hidden_grad_nBCD = jax.lax.scan(add_chunk, carry, (pieces.hidden_nBCD, pieces.batch))
-  sums, head_grad_svD = carry
-  head_grad_1VD = jax.tree.map(lambda grad: grad.reshape(1, *head_VD.shape), head_grad_svD)
+  sums, head_grad_VD = carry
+  head_grad_1VD = None if head_grad_VD is None else head_grad_VD[None]
   # Sums over devices are computed once per pass, not once per chunk.
   return sum_over_batch(sums), head_grad_1VD, chunks.join(hidden_grad_nBCD, hidden_BTD.shape[1])
-
-
-def _shards_and_blocks(head_VD: jax.Array, shards: int) -> tuple[jax.Array, int]:
-  """Returns the head as [s, v, D], one part per device that may hold one, and blocks per part.
-
-  `_pull_back` computes the head's gradient for one block at a time. The number of blocks divides v.
-  """
-  V, D = head_VD.shape
-  shards = 1 if V % shards else shards
-  rows = V // shards
-  max_blocks = -(-rows * D * 4 // BLOCK_BYTES)
-  blocks = max(n for n in range(1, max_blocks + 1) if rows % n == 0)
-  return head_VD.reshape(shards, rows, D), blocks
-
-
-def _pull_back(
-  grad_BCV: jax.Array,
-  hidden_BCD: jax.Array,
-  head_svD: jax.Array,
-  head_grad_svD: jax.Array,
-  blocks: int,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the gradient of a chunk's hidden states, and the head's gradient with it added.
-
-  The loop runs over blocks of the vocabulary within each device's part. So no second array of the
-  head's size is allocated, and a block is still in cache when its sum is updated. The devices'
-  parts of the hidden states' gradient are summed once, after the blocks.
-  """
-  B, C, D = hidden_BCD.shape
-  shards, rows, _ = head_svD.shape
-  grad_sXv = jnp.moveaxis(grad_BCV.reshape(B * C, shards, rows), 1, 0)
-  hidden_XD = hidden_BCD.reshape(B * C, D)
-  block_rows = rows // blocks
-
-  def add_block(i, carry):
-    hidden_grad_sXD, head_grad_svD = carry
-    block_of = functools.partial(
-      jax.lax.dynamic_slice_in_dim, start_index=i * block_rows, slice_size=block_rows
-    )
-    block_sXv = block_of(grad_sXv, axis=2)
-    hidden_grad_sXD += _float32_dot("sXv,svD->sXD", block_sXv, block_of(head_svD, axis=1))
-    sum_svD = block_of(head_grad_svD, axis=1) + _float32_dot("sXv,XD->svD", block_sXv, hidden_XD)
-    return hidden_grad_sXD, jax.lax.dynamic_update_slice_in_dim(
-      head_grad_svD, sum_svD, i * block_rows, 1
-    )
-
-  zero_sXD = jnp.zeros((shards, B * C, D), jnp.float32)
-  hidden_grad_sXD, head_grad_svD = jax.lax.fori_loop(
-    0, blocks, add_block, (zero_sXD, head_grad_svD)
-  )
-  hidden_grad_BCD = jnp.sum(hidden_grad_sXD, 0).reshape(B, C, D)
-  return hidden_grad_BCD.astype(head_svD.dtype), head_grad_svD
 
 
 def _zeros_like_result(fn: Callable[[jax.Array, Batch], PyTree], pieces: HeadChunks) -> PyTree:

@@ -105,10 +105,11 @@ class HeadChunks(NamedTuple):
   batch: Batch  # its arrays are [n, B, C, ...]
   teacher_heads: dict[str, jax.Array | None]  # have no position axis and belong to every chunk
 
-  def with_heads(self, piece: Batch) -> Batch:
-    """Returns one chunk of the batch with the heads of online teachers."""
-    parts = {name: t.replace(head_VD=self.teacher_heads[name]) for name, t in piece.targets.items()}
-    return piece.replace(targets=parts)
+  def with_logits(self, piece: Batch) -> Batch:
+    """Returns one chunk of the batch with the logits of online teachers."""
+    heads = self.teacher_heads
+    targets = {n: t.replace(head_VD=heads[n]).with_logits() for n, t in piece.targets.items()}
+    return piece.replace(targets=targets)
 
 
 def split(hidden_BTD: jax.Array, batch: Batch, chunk: int) -> HeadChunks:
@@ -122,7 +123,7 @@ def split(hidden_BTD: jax.Array, batch: Batch, chunk: int) -> HeadChunks:
     mask = batch.mask_BT.reshape(batch.mask_BT.shape + (1,) * (x_BT.ndim - 2))
     return chunks.split(jnp.where(mask, x_BT, jnp.zeros((), x_BT.dtype)), chunk)
 
-  # Arrays without a position axis are not scanned over; `with_heads` adds them to every chunk.
+  # Arrays without a position axis are not scanned over; `with_logits` adds them to every chunk.
   heads = {name: t.head_VD for name, t in batch.targets.items()}
   targets = {n: t.replace(head_VD=None, taps_BPTD=None) for n, t in batch.targets.items()}
   batch_nBC = jax.tree.map(cut, batch.replace(inputs=None, targets=targets))

@@ -68,12 +68,77 @@ def fit_rows(logits_BCV: jax.Array, like_BCV: jax.Array) -> jax.Array:
   return jnp.where(like_BCV > -jnp.inf, logits_BCV, -jnp.inf)
 
 
-def log_sum_exp(logits_BCV: jax.Array) -> jax.Array:
-  """Returns log(sum(exp(logits))), [B, C, 1].
+def exponentials(
+  logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns (exp((logits - maximum) / temperature), the maximum, the sum of the exponentials).
 
-  All losses and metrics call this function, so that XLA computes it once for the same logits.
+  The maximum and the sum are [B, C, 1]; the maximum has no gradient. All losses and metrics of
+  distributions call this function, so that XLA computes them once for the same logits.
   """
-  return jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+  max_BC1 = jax.lax.stop_gradient(jnp.max(logits_BCV, -1, keepdims=True))
+  max_BC1 = jnp.where(max_BC1 > -jnp.inf, max_BC1, 0.0)
+  exp_BCV = jnp.exp((logits_BCV - max_BC1) / temperature)
+  return exp_BCV, max_BC1, jnp.sum(exp_BCV, -1, keepdims=True)
+
+
+def log_sum_exp(logits_BCV: jax.Array) -> jax.Array:
+  """Returns log(sum(exp(logits))), [B, C, 1]."""
+  _, max_BC1, sum_BC1 = exponentials(logits_BCV)
+  return max_BC1 + jnp.log(sum_BC1)
+
+
+def entropy(logits_BCV: jax.Array) -> jax.Array:
+  """Returns the entropy of softmax(logits) in nats, [B, C]. Rows of -inf have probability 0."""
+  exp_BCV, max_BC1, sum_BC1 = exponentials(logits_BCV)
+  weighted_BCV = jnp.where(exp_BCV > 0, exp_BCV * (logits_BCV - max_BC1), 0.0)
+  return jnp.log(sum_BC1[..., 0]) - jnp.sum(weighted_BCV, -1) / sum_BC1[..., 0]
+
+
+@jax.custom_jvp
+def kl(teacher_BCV: jax.Array, student_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
+  """Returns KL(p || q) in nats, [B, C], of softmax(teacher / T) and softmax(student / T).
+
+  Only the student is differentiated: the gradient is (q - p) / T. Rows of -inf have probability 0;
+  those of the student must be so in the teacher too.
+
+  With s and t the logits minus their maximum, it is the mean of (t - s) / T under p minus the
+  logarithm of the ratio of the sums of exponentials. Both are small where p and q are close, so
+  that little cancels.
+  """
+  p_BCV, max_p_BC1, sum_p_BC1 = exponentials(teacher_BCV, temperature)
+  _, max_q_BC1, sum_q_BC1 = exponentials(student_BCV, temperature)
+  gap_BCV = (teacher_BCV - max_p_BC1) - (student_BCV - max_q_BC1)
+  gap_BC1 = jnp.sum(jnp.where(p_BCV > 0, p_BCV * gap_BCV, 0.0), -1, keepdims=True)
+  kl_BC1 = gap_BC1 / (sum_p_BC1 * temperature) - jnp.log(sum_p_BC1 / sum_q_BC1)
+  return jnp.maximum(kl_BC1, 0.0)[..., 0]
+
+
+@kl.defjvp
+def _kl_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+  teacher_BCV, student_BCV, temperature = primals
+  p_BCV, _, sum_p_BC1 = exponentials(teacher_BCV, temperature)
+  q_BCV, _, sum_q_BC1 = exponentials(student_BCV, temperature)
+  gradient_BCV = q_BCV * (1 / (sum_q_BC1 * temperature)) - p_BCV * (1 / (sum_p_BC1 * temperature))
+  return kl(*primals), jnp.sum(gradient_BCV * tangents[1], -1)
+
+
+@jax.custom_jvp
+def label_logit(logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array:
+  """Returns the logit of one id of each position, [B, C].
+
+  Its gradient is a comparison of all ids with the label, which XLA fuses into the gradient of the
+  other terms. That of `take_along_axis` is a scatter, before and after which XLA stores the
+  gradient of all logits in float32.
+  """
+  return jnp.take_along_axis(logits_BCV, labels_BC[..., None], -1)[..., 0]
+
+
+@label_logit.defjvp
+def _label_logit_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+  logits_BCV, labels_BC = primals
+  is_label_BCV = jnp.arange(logits_BCV.shape[-1])[None, None] == labels_BC[..., None]
+  return label_logit(*primals), jnp.sum(jnp.where(is_label_BCV, tangents[0], 0.0), -1)
 
 
 def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
@@ -84,4 +149,4 @@ def logp_at(logits_BCV: jax.Array, ids_BCK: jax.Array) -> jax.Array:
 
 def label_logp(logits_BCV: jax.Array, labels_BC: jax.Array) -> jax.Array:
   """Returns the log-softmax at one id of each position, [B, C]."""
-  return logp_at(logits_BCV, labels_BC[..., None])[..., 0]
+  return label_logit(logits_BCV, labels_BC) - log_sum_exp(logits_BCV)[..., 0]

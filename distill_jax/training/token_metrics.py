@@ -32,11 +32,11 @@ def means(
     same most probable token. For each of several tasks: "ce/TASK" and "accuracy/TASK".
   """
   lse_BC = fused_head.log_sum_exp(logits_BCV)[..., 0]
-  label_BC = jnp.take_along_axis(logits_BCV, piece.labels_BT[..., None], -1)[..., 0]
+  label_BC = fused_head.label_logit(logits_BCV, piece.labels_BT)
   ce_BC, mask_BC = lse_BC - label_BC, piece.mask_for_label_losses()
   out = {
     "ce": Mean.of(ce_BC, mask_BC),
-    "entropy": Mean.of(lse_BC - _mean_logit(logits_BCV, lse_BC), mask_BC),
+    "entropy": Mean.of(fused_head.entropy(logits_BCV), mask_BC),
   }
   for name, first in first_classes:
     assert piece.class_range_BT2 is not None
@@ -99,13 +99,11 @@ def _by_teacher(targets: Targets, logits_BCV: jax.Array, piece: Batch) -> dict[s
 
 
 def _online(targets: DenseTargets, logits_BCV: jax.Array, piece: Batch) -> dict[str, jax.Array]:
-  logp_BCV, _ = targets.log_probs(logits_BCV)
-  lse_BC = fused_head.log_sum_exp(logp_BCV)[..., 0]  # 0 up to rounding
-  label_BC = jnp.take_along_axis(logp_BCV, piece.labels_BT[..., None], -1)[..., 0]
+  teacher_BCV = targets.aligned_logits(logits_BCV)
   return {
-    "teacher_ce": lse_BC - label_BC,
-    "teacher_entropy": lse_BC - _mean_logit(logp_BCV, lse_BC),
-    "agreement": jnp.any(_is_top(logp_BCV) & _is_top(logits_BCV), -1),
+    "teacher_ce": -fused_head.label_logp(teacher_BCV, piece.labels_BT),
+    "teacher_entropy": fused_head.entropy(teacher_BCV),
+    "agreement": jnp.any(_is_top(teacher_BCV) & _is_top(logits_BCV), -1),
   }
 
 
@@ -134,9 +132,3 @@ def _kl(targets: Targets, logits_BCV: jax.Array) -> jax.Array | None:
 
 def _is_top(logits_BCV: jax.Array) -> jax.Array:
   return logits_BCV == jnp.max(logits_BCV, -1, keepdims=True)
-
-
-def _mean_logit(logits_BCV: jax.Array, lse_BC: jax.Array) -> jax.Array:
-  """Returns sum_i q_i z_i, without rows of -inf."""
-  q_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-  return jnp.sum(jnp.where(q_BCV > 0, q_BCV * logits_BCV, 0), -1)

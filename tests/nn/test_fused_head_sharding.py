@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets, ce, kd
 from distill_jax.models import llama
-from distill_jax.nn import fused_head, sharding
+from distill_jax.nn import fused_head, head_blocks, sharding
 from distill_jax.preflight import collectives as hlo_text
 from distill_jax.types import Batch, Inputs, Mean
 
@@ -86,8 +86,9 @@ def compiled(shape, argnums=(0, 1)):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """Makes blocks so small that a device's part of the head has several of them."""
-  monkeypatch.setattr(fused_head, "BLOCK_BYTES", 8 * D * 4)
+  """Makes blocks so small that a head has several of them, and a chunk several parts."""
+  monkeypatch.setattr(head_blocks, "BLOCK_BYTES", 8 * D * 4)
+  monkeypatch.setattr(head_blocks, "LOGITS_BYTES", 2 * V * 4)
 
 
 def collectives(hlo: str):
