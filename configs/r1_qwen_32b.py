@@ -12,7 +12,7 @@ device):
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
      4,096    19.6 of 95.74      216    4.75    75%     220,541      1,385
-    32,768    40.7 of 95.74      256   25.05    73%     167,406      1,824
+    32,768    40.1 of 95.74      216   25.05    73%     167,406      1,824
 
 With configs/r1_qwen_32b.py:131072 each sequence is spread over 16 devices. Estimates for a step on
 v5p:4x4x4, with 4 sequences of 131,072 tokens, at a compiler effort that is lower, so that the bytes
