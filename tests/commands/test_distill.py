@@ -129,6 +129,7 @@ def test_the_single_verbs_take_its_config(models, whole, capsys, monkeypatch):
   assert "step: 5\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopped_in_every_stage_it_ends_as_if_it_had_not_been(models, whole):
   """An error in the middle of each stage in turn; the next command continues."""
   stopped = []

@@ -116,6 +116,7 @@ def start(path, *flags):
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_commands_run_at_the_same_time(tmp_path):
   """Two processes: training on two slices as JSON, and recording on one slice as text."""

@@ -69,6 +69,7 @@ print(json.dumps(host))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_offload_stores_products_in_host_memory_on_a_tpu():
   """A CPU has no separate host memory, so this compiles for four v5e chips."""

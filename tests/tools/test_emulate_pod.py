@@ -22,6 +22,7 @@ def rig():
     yield found, found.prepare("small", ROWS)
 
 
+@pytest.mark.slow
 def test_a_pod_that_loses_a_process_records_what_one_process_records(rig, monkeypatch):
   monkeypatch.setattr(pod_processes, "GRACE_SECONDS", 1)
   rig, url = rig

@@ -83,6 +83,7 @@ def configured(folder, text):
   return c
 
 
+@pytest.mark.slow
 def test_a_run_continues_bit_for_bit(text, tmp_path, monkeypatch):
   c, shapes, real = configured(tmp_path, text), [], collate.to_device
 
