@@ -19,7 +19,7 @@ v5p:4x4x4, with 4 sequences of 131,072 tokens, at a compiler effort that is lowe
 sent can differ:
 
     tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-   131,072     7.8 of 95.74       142    3.10    70%     168,970        904
+   131,072     7.8 of 95.74       140    3.10    70%     168,970        904
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """
