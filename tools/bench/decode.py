@@ -15,16 +15,20 @@ line is a JSON object.
 
 The wall times are only valid on an idle machine: with other work, the threads of torch wait for
 each other, and its speed can fall to a tenth. `load_before` is the load average at the start. On a
-busy machine, give both sides one core and compare the CPU time, which then has no waiting threads:
+busy machine, give both sides one core (`taskset -c 1`) and compare the CPU time, in which no thread
+waits for another. Measured on two cores that other programs kept busy, all tokens equal:
 
-  taskset -c 1 python tools/bench/decode.py --rounds=1 --new=32
+  cores  options                 load  speedup  in CPU time
+  one    --rounds=1 --new=32        6     1.61         1.17
+  one    --rounds=1 --new=32       13     1.03         1.08
+  two    --rounds=1 --new=64        8     6.81         5.86
 
-gave 1.17 in CPU time and 1.61 in wall time, with equal tokens, at a load of 6. Products bound the
-ratio: both sides multiply equally fast (about 50 GFLOPS a core with 32 rows, in MKL as in XLA), and
-products are 115 of the 160 ms of thread time of our step with 128 slots. The ratio used to depend
-on `--cache_len`, because a step read the whole cache. In CPU time, a step of 32 rows at position
-100 took 350 and 374 ms with 1,024 slots and 162 ms with 128. A step that reads the blocks in use
-takes 191 and 217 ms with 1,024.
+So the ratio is that of torch's waiting threads, and 1.1 without them. Products bound it: both sides
+multiply equally fast (about 50 GFLOPS a core with 32 rows, in MKL as in XLA), and products are 115
+of the 160 ms of thread time of our step with 128 slots. The ratio used to depend on `--cache_len`,
+too, because a step read the whole cache: in CPU time, a step of 32 rows at position 100 took 350
+and 374 ms with 1,024 slots. A step that reads the blocks in use takes 171 ms with 1,024 slots and
+161 ms with 128.
 """
 
 from __future__ import annotations
