@@ -23,8 +23,8 @@ copy of the hidden states and their gradient. The last line is a JSON object.
 `online.products4.time_ratio` compares with four products, the teacher's logits included. Every
 `cpu_ratio` is the `time_ratio` in CPU time of all threads, for machines with other work.
 
-Measured in CPU time on one thread of a machine with other work, ratios of medians of 3
-rounds: 1.17 times the products for d256, and 1.15 times the four products for online.
+Measured in CPU time on one thread of a machine with other work, medians of 2 to 4 rounds:
+0.98 of the products for d1024, 1.17 for d256, and 1.19 of the four products for online.
 
 The case `v5p` compiles for one TPU v5p without running: an online teacher of width 5,120 and a
 student of width 4,096 in bfloat16. `v5p.C.hbm_ratio` is the ratio of the bytes that a chunk of C
