@@ -178,6 +178,7 @@ def test_overrides_are_written_into_the_config(models, whole, capsys):
   assert "c.evaluate.chunk = 32\n" in (models / "whole" / "config.py").read_text()
 
 
+@pytest.mark.slow
 def test_half_of_the_teacher_on_chats_as_json(models, capsys):
   rows = [{"prompt": f"{i} + 1?", "completion": f"It is {i + 1}."} for i in range(60)]
   write_lines(models / "pairs.jsonl", rows)

@@ -19,16 +19,26 @@ def spread(folder):
 
 
 def compare_stores(one, two):
-  """Offsets are drawn by row and position, so only a tie within rounding can differ."""
+  """Offsets are drawn by row and position, so only a tie within rounding moves a sample."""
   a, b = open_store(one), open_store(two)
   assert len(a) == len(b) == 20
+  moved = []
   for x, y in ((a[i], b[i]) for i in range(len(a))):
     assert x.keys() == y.keys()
     np.testing.assert_array_equal(x["tokens_T"], y["tokens_T"])
-    same = (x["ids_TK"] == y["ids_TK"]).all(-1)
-    assert same.mean() > 0.99
+    for t in range(len(x["tokens_T"])):
+      moved.append(abs(dense(x, t) - dense(y, t)).sum() / 2)
     for name in x.keys() - {"ids_TK", "weight_TK"}:  # float16 in the store
       np.testing.assert_allclose(x[name], y[name], rtol=1e-3, atol=1e-3, err_msg=name)
+  assert max(moved) < 1.01 / a.manifest.n  # at most one sample of a position
+  assert sum(m > 0 for m in moved) <= 3  # of 640 positions
+
+
+def dense(row, t):
+  """Returns the stored distribution of a position, [V]."""
+  found = np.zeros(512)
+  np.add.at(found, row["ids_TK"][t], row["weight_TK"][t])
+  return found
 
 
 def test_record_and_train(tiny_run, tmp_path):

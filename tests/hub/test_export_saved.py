@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import slow
 from safetensors.numpy import load_file
 from tiny_checkpoints import CONFIG
 
@@ -59,7 +60,10 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(declared, "BLOCK", 200)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+FAST = ("llama", "gemma3", "deepseek_v3", "bert", "clip", "whisper")
+
+
+@pytest.mark.parametrize("family", slow.all_but(FAST, FAMILIES))
 def test_the_files_are_those_from_memory(family, small_parts, tmp_path):
   made = registry.load("models", family)
   model = jax.jit(lambda key: made.Model(made.CONFIGS["tiny"], key))(jax.random.key(0))

@@ -36,8 +36,8 @@ def check_same(a, b):
 @pytest.mark.parametrize(
   "family, shape",
   [
-    ("llama", "tiny"),
-    ("qwen3", "tiny-moe"),  # experts, sharded over `tensor`
+    pytest.param("llama", "tiny", marks=pytest.mark.slow),
+    pytest.param("qwen3", "tiny-moe", marks=pytest.mark.slow),  # experts, sharded over `tensor`
     ("deepseek_v3", "tiny"),  # also layers that do not start at 0, and parameters in float32
     ("clip", "tiny"),  # a single number, and a convolution
   ],

@@ -307,6 +307,7 @@ def test_recorded_and_online_features_give_the_same_losses(tmp_path):
     assert recorded[-1][name] != recorded[0][name]
 
 
+@pytest.mark.slow
 def test_relations_from_recorded_queries_keys_values(tmp_path):
   c = feature_config(tmp_path)
   c.losses = {"relations": config.loss("relations", layers="1:2", heads=2)}
@@ -318,6 +319,7 @@ def test_relations_from_recorded_queries_keys_values(tmp_path):
   assert recorded[0]["relations"] == pytest.approx(online[0]["relations"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_runs_with_projected_taps_and_adapters_resume(tmp_path):
   """Adapters start fitted and are checkpointed; a resumed run equals an uninterrupted one."""
   c = feature_config(tmp_path)
@@ -351,6 +353,7 @@ def test_taps_that_the_records_lack_are_refused(tmp_path):
     run(c, tmp_path, "out")
 
 
+@pytest.mark.slow
 def test_balancing_brings_gradient_norms_into_the_ratio_of_the_weights(tmp_path):
   c = feature_config(tmp_path)
   c.train.online = True

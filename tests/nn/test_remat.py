@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow
 import steps as training_steps
 import tiny
 from jax.experimental.compilation_cache import compilation_cache
@@ -112,12 +113,11 @@ def compiled_afresh():
 @pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize(
   "family",
-  [
-    # Biases and norms of queries and keys do not change the layout of llama's matrices.
-    pytest.param(f, marks=[pytest.mark.slow] * (f in (("qwen2", "tiny"), ("qwen3", "tiny"))))
-    for f in tiny.decoder_shapes()
-    if f[1] in ("tiny", "tiny-moe")
-  ],
+  # Biases and norms of queries and keys do not change the layout of llama's matrices.
+  slow.all_but(
+    (("llama", "tiny"), ("deepseek_v3", "tiny"), ("qwen3", "tiny-moe")),
+    [f for f in tiny.decoder_shapes() if f[1] in ("tiny", "tiny-moe")],
+  ),
   ids=" ".join,
 )
 def test_xla_partitions_a_step_without_replication(family, capfd):

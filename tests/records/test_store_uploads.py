@@ -9,6 +9,7 @@ from pathlib import Path
 
 import object_stores
 import pytest
+import slow
 from tiny_store import contents, manifest, record, sequence
 
 from distill_jax.errors import InputError, Unavailable
@@ -144,7 +145,10 @@ def child(url, environment, total=10, prefix=()):
   )
 
 
-@pytest.mark.parametrize("name", [".array_record", ".index", ".array_record.json", NAME])
+UPLOADED = (".array_record", ".index", ".array_record.json", NAME)
+
+
+@pytest.mark.parametrize("name", slow.all_but((".array_record", NAME), UPLOADED))
 def test_a_process_killed_while_it_uploads_is_resumed(whole, s3_url, s3, name):
   """kill -9 arrives with the second upload of a shard, of an index, of a note, of a manifest."""
   seen = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import slow
 import tiny
 
 from distill_jax.runtime import compile_cache
@@ -94,6 +95,7 @@ print("hits", events.count("/jax/compilation_cache/cache_hits"))
 """
 
 
+@pytest.mark.parametrize("object_store", slow.all_but(("s3",), ("s3", "gcs")), indirect=True)
 def test_programs_are_kept_at_object_stores(object_store, tmp_path):
   env = environment(**object_store.environment())
   line = [sys.executable, "-c", SCRIPT, object_store.url]

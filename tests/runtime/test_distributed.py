@@ -77,6 +77,7 @@ def folder(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_two_processes_record_the_same_store(folder):
   """Each process writes its own shards; targets differ only by ties in float32."""
   run(launch(folder, "record", "records2"))
@@ -162,6 +163,7 @@ def test_more_processes_than_shards_are_refused(folder):
   assert REFUSAL in run([*launch(folder, "record", "one_shard"), flag], code=2)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_and_export_the_same_model(folder):
   """Two processes read, evaluate and export a run of one process with the same results."""
   c, there = made(folder), made(folder)

@@ -93,6 +93,7 @@ def test_from_record_to_export(tmp_path, capsys):
   assert row["ce"] == pytest.approx(float(ce), rel=2e-6)  # float32
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_does_not_change(tmp_path):
   """The encoder is frozen, also for weight decay, as in Distil-Whisper; the decoder changes."""
   c = configured(tmp_path)

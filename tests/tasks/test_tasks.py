@@ -185,6 +185,7 @@ def with_a_second(c):
   c.student.changes = {"num_labels": 4, "num_hidden_layers": 1}
 
 
+@pytest.mark.slow
 def test_several_tasks_are_recorded_one_by_one_and_trained_together(c, tmp_path):
   """The teacher of each task is a part of one head."""
   with_a_second(c)

@@ -35,6 +35,7 @@ def test_every_part_runs():
   assert found["record.over_plain_pass"] > 0 and found["decode.4_rows.tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_reported_and_the_others_run():
   found = measured("--parts=nothing,kernels")
   assert "exit 2" in found["nothing.error"] and found["kernels.xla.over_xla"] == 1
