@@ -1,15 +1,17 @@
-"""Compares our training step with those of Tunix and TRL, on the same shapes.
+"""Compares our training step with those of Tunix, EasyDeL and TRL, on the same shapes.
 
   python tools/bench/peers.py [--shapes=small32k,vocab152k] [--rounds=3]
-      [--environments=runs/peers] [--peers=tunix,trl_gkd,trl_distill]
+      [--environments=runs/peers] [--peers=tunix,easydel,trl_gkd,trl_distill]
 
 The others are scripts in tools/peers, which state what they run. Each has a virtual environment
 with pinned packages (ENVIRONMENTS), which is made in the folder `--environments` the first time,
-with 3 GB, in a few minutes. A library that cannot be installed or run is reported with its error.
-Ours are
+with 6 GB in all, in a few minutes. A library that cannot be installed or run is reported with its
+error. MaxText and Levanter are absent: MaxText requires Python 3.12 or newer, and Levanter 1.1 has
+no code for distillation. Ours are
 
   online   step.Step on a qwen3 with the same shape, with equal weights for kd (T=2) and ce, and
-           with the teacher in the step, as in Tunix; TRL's losses have no cross-entropy;
+           with the teacher in the step, as in Tunix and EasyDeL; TRL's losses have no
+           cross-entropy;
   records  the same on 63 sampled targets per token, without a teacher.
 
 Each runs in a separate process on one core, in turn, and is timed by peer_shapes.StepClock: seconds
@@ -38,10 +40,13 @@ import peer_shapes  # noqa: E402
 
 ENVIRONMENTS = {
   "tunix": ("google-tunix==0.1.7", "transformers<5.13"),  # newer ones need newer safetensors
+  # EasyDeL imports pillow and torch, which its metadata do not require.
+  "easydel": ("easydel==0.3.0", "jax==0.9.2", "pillow==13.0.0", "torch==2.13.0"),
   "trl": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0"),
 }
 PEERS = {  # name: (environment, script, arguments)
   "tunix": ("tunix", "run_tunix.py"),
+  "easydel": ("easydel", "run_easydel.py"),
   "trl_gkd": ("trl", "run_trl.py", "gkd"),
   "trl_distill": ("trl", "run_trl.py", "distill"),
 }
