@@ -170,7 +170,7 @@ def loss(
     head_is_trained, head_VD = head_VD.perturbed, head_VD.value
     shards = mesh_in_use.spread(vocab_axis, "vocab_axis")
     scan = functools.partial(_scan_gradients, loss_fn, chunk, vocab_size, shards, head_is_trained)
-    parts = P((*batch_axes, *sharding.mesh_axis_names(seq_axis)))
+    parts = P(head_chunks.position_axes(batch_axes, seq_axis))
     out_specs = (P(), parts, P(batch_axes, seq_axis))
     sums, head_grad_sVD, hidden_grad_BTD = head_chunks.per_shard(
       scan, out_specs, batch_axes, seq_axis, hidden_BTD.value, head_VD, batch

@@ -17,6 +17,11 @@ from distill_jax.types import Batch, PyTree
 SumOverBatch = Callable[[PyTree], PyTree]  # sums a tree over the devices with other positions
 
 
+def position_axes(batch_axes: tuple[str, ...], seq_axis: str | None) -> tuple[str, ...]:
+  """Returns the mesh axes over which the positions of a batch are sharded."""
+  return (*batch_axes, *mesh_axis_names(seq_axis))
+
+
 def per_shard(
   scan: Callable[..., PyTree],
   out_specs: PyTree,
@@ -32,7 +37,7 @@ def per_shard(
   vocabulary is still sharded by the partitioner.
   """
   batch = batch.replace(inputs=None, valid_BS=None)  # unused by the head
-  axes = batch_axes if seq_axis is None else (*batch_axes, seq_axis)
+  axes = position_axes(batch_axes, seq_axis)
   mesh_in_use.check_axis_types(axes)
   if mesh_in_use.spread(batch_axes, "batch_axes") * mesh_in_use.spread(seq_axis, "seq_axis") == 1:
     return scan(hidden_BTD, head_VD, batch, lambda tree: tree)
@@ -73,7 +78,7 @@ def sum_parts(
   if len(parts_sVD) == 1:
     return parts_sVD[0]
   _, V, D = parts_sVD.shape
-  axes = batch_axes if seq_axis is None else (*batch_axes, seq_axis)
+  axes = position_axes(batch_axes, seq_axis)
   columns = tuple(axis for axis in mesh_axis_names(embed_axis) if axis in axes)
   if D % mesh_in_use.spread(columns, "embed_axis"):  # e.g. a head with a bias as its last column
     columns = ()

@@ -132,7 +132,6 @@ def decode_targets(fields: Mapping[str, Joined], mask_BT: np.ndarray, spec: Reco
   Raises:
     InputError: The fields are inconsistent.
   """
-
   at_S, S_B = np.flatnonzero(mask_BT), np.count_nonzero(mask_BT, axis=1).tolist()
   scalars = decode_scalars(fields["scalars"], mask_BT, spec.scalars)
   if spec.kind == "labels":
