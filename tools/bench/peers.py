@@ -78,19 +78,8 @@ def ours(name: str, kind: str) -> None:
   c = peer_shapes.SHAPES[name]
   V, B, T, points = c["vocab"], c["batch"], c["seq"], 63
 
-  def model(s: dict[str, int], seed: int) -> qwen3.Model:
-    shape = qwen3.Config(
-      vocab_size=V,
-      hidden_size=s["d"],
-      intermediate_size=s["ffn"],
-      num_hidden_layers=s["layers"],
-      num_attention_heads=s["heads"],
-      num_key_value_heads=s["kv"],
-      head_dim=s["head_dim"],
-      max_position_embeddings=T,
-      rope_theta=1e6,
-      tie_word_embeddings=True,
-    )
+  def model(which: str, seed: int) -> qwen3.Model:
+    shape = qwen3.Config(**peer_shapes.qwen3_config(name, which))
     return qwen3.Model(shape, jax.random.key(seed))
 
   rng = np.random.default_rng(0)
@@ -114,8 +103,8 @@ def ours(name: str, kind: str) -> None:
     )
     return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": targets})
 
-  student = model(c["student"], 0)
-  teachers = {"teacher": model(c["teacher"], 1)} if kind == "online" else {}
+  student = model("student", 0)
+  teachers = {"teacher": model("teacher", 1)} if kind == "online" else {}
   o = config.OptimOptions(peak_lr=peer_shapes.LEARNING_RATE, schedule="constant")
   half = constant(0.5)
   step = Step(

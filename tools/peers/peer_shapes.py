@@ -48,6 +48,24 @@ SHAPES: dict[str, dict[str, Any]] = {
 TEMPERATURE, LEARNING_RATE = 2.0, 1e-4
 
 
+def qwen3_config(shape: str, model: str) -> dict[str, Any]:
+  """Returns the config of a model, "student" or "teacher", by the names of Hugging Face's Qwen3."""
+  c = SHAPES[shape]
+  sizes = c[model]
+  return {
+    "vocab_size": c["vocab"],
+    "hidden_size": sizes["d"],
+    "intermediate_size": sizes["ffn"],
+    "num_hidden_layers": sizes["layers"],
+    "num_attention_heads": sizes["heads"],
+    "num_key_value_heads": sizes["kv"],
+    "head_dim": sizes["head_dim"],
+    "max_position_embeddings": c["seq"],
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+  }
+
+
 def peak_bytes() -> int:
   """Returns the largest resident memory of this process since the last `reset_peak`."""
   lines = Path("/proc/self/status").read_text().splitlines()

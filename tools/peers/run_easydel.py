@@ -19,27 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 from flax import nnx
-from peer_shapes import LEARNING_RATE, SHAPES, TEMPERATURE, StepClock
+from peer_shapes import LEARNING_RATE, SHAPES, TEMPERATURE, StepClock, qwen3_config
 
 SHAPE = sys.argv[1]
 c = SHAPES[SHAPE]
 V, B, T = c["vocab"], c["batch"], c["seq"]
 
 
-def model_of(sizes: dict[str, int], seed: int) -> easydel.Qwen3ForCausalLM:
-  config = easydel.Qwen3Config(
-    vocab_size=V,
-    hidden_size=sizes["d"],
-    intermediate_size=sizes["ffn"],
-    num_hidden_layers=sizes["layers"],
-    num_attention_heads=sizes["heads"],
-    num_key_value_heads=sizes["kv"],
-    head_dim=sizes["head_dim"],
-    max_position_embeddings=T,
-    rope_theta=1_000_000.0,
-    tie_word_embeddings=True,
-    attn_dtype=jnp.float32,
-  )
+def model_of(name: str, seed: int) -> easydel.Qwen3ForCausalLM:
+  config = easydel.Qwen3Config(**qwen3_config(SHAPE, name), attn_dtype=jnp.float32)
   return easydel.Qwen3ForCausalLM(
     config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed)
   )
@@ -84,8 +72,8 @@ def main() -> None:
         resume_if_possible=False,
       ),
       processing_class=None,
-      student_model=model_of(c["student"], 0),
-      teacher_model=model_of(c["teacher"], 1),
+      student_model=model_of("student", 0),
+      teacher_model=model_of("teacher", 1),
       train_dataset=texts(),
     )
     trainer.train()

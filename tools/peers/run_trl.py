@@ -23,7 +23,13 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from peer_shapes import LEARNING_RATE, SHAPES, TEMPERATURE, StepClock  # noqa: E402
+from peer_shapes import (  # noqa: E402
+  LEARNING_RATE,
+  SHAPES,
+  TEMPERATURE,
+  StepClock,
+  qwen3_config,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
   PreTrainedTokenizerFast,
@@ -40,25 +46,11 @@ V, B, T = c["vocab"], c["batch"], c["seq"]
 tokens = torch.Generator().manual_seed(0)
 
 
-def model_of(sizes: dict[str, int], seed: int) -> Qwen3ForCausalLM:
+def model_of(name: str, seed: int) -> Qwen3ForCausalLM:
   torch.manual_seed(seed)
-  config = Qwen3Config(
-    vocab_size=V,
-    hidden_size=sizes["d"],
-    intermediate_size=sizes["ffn"],
-    num_hidden_layers=sizes["layers"],
-    num_attention_heads=sizes["heads"],
-    num_key_value_heads=sizes["kv"],
-    head_dim=sizes["head_dim"],
-    max_position_embeddings=max(T, 512),
-    rms_norm_eps=1e-6,
-    rope_theta=1_000_000.0,
-    tie_word_embeddings=True,
-    pad_token_id=0,
-    eos_token_id=None,
-    bos_token_id=None,
-  )
-  return Qwen3ForCausalLM(config).float()
+  sizes = qwen3_config(SHAPE, name) | {"max_position_embeddings": max(T, 512)}
+  ids = {"pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
+  return Qwen3ForCausalLM(Qwen3Config(**sizes, rms_norm_eps=1e-6, **ids)).float()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -127,8 +119,8 @@ def trainer(clock: Clock) -> Any:
   }
   rows = B * c["steps"]
   shared = {
-    "model": model_of(c["student"], 0),
-    "teacher_model": model_of(c["teacher"], 1),
+    "model": model_of("student", 0),
+    "teacher_model": model_of("teacher", 1),
     "processing_class": tokenizer(),
   }
   if TRAINER == "gkd":
