@@ -1,6 +1,7 @@
 """The tokens of published tokenizers spell real text; see real_tokenizers.py."""
 
 import pytest
+import slow
 from real_tokenizers import REAL, load
 from spelling import DECOMPOSED, TEXTS, check_id_of, check_ids, check_places
 
@@ -13,7 +14,7 @@ PREFIXED = ("llama2", "mistral")
 
 @pytest.fixture(
   scope="module",
-  params=[n if n == "smollm2" else pytest.param(n, marks=pytest.mark.slow) for n in REAL],
+  params=slow.all_but(("smollm2",), REAL),
 )
 def real(request):
   return request.param, Vocabulary(load(request.param))

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import slow
 import tiny
 import tiny_checkpoints
 from hypothesis import given, settings
@@ -103,7 +104,7 @@ def asked(folder):
   return c
 
 
-@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compared", [False, slow.param(True)])
 def test_uniform_models_need_the_bits_of_their_tokens(compared, folder, tmp_path):
   """Closed form; rows of the head without a token have no probability."""
   c = asked(folder)

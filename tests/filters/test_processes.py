@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import slow
 from json_lines import write_lines
 from object_stores import upload
 from tiny_samples import a_sample
@@ -126,9 +127,7 @@ def test_samples_that_kill_every_process_are_an_error_and_others_are_kept(folder
   assert not processes(folder)
 
 
-@pytest.mark.parametrize(
-  "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow.param(signal.SIGTERM)])
 def test_a_killed_command_leaves_no_process_and_continues(folder, number):
   (folder / "config.py").write_text(
     CONFIG.format(folder=str(folder / "filters"), samples=str(folder), notes=str(folder / "notes"))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow
 from decoding import COMPUTE, DRAWN, GREEDY, SIZE, copied, prompts, random_model
 
 from distill_jax import config
@@ -37,7 +38,7 @@ def placed(model, mesh, gather):
     return placement.place(spread, COMPUTE, mesh, dataclasses.replace(OPTIONS, gather=gather))
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", slow.param("deepseek_v3")])
 def test_texts_and_records_are_equal_bit_for_bit(family):
   model, read = random_model(family), prompts(256, (3, 9, 14))
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)

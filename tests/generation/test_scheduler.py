@@ -92,7 +92,7 @@ def test_a_row_does_not_depend_on_other_rows():
       assert (s.tokens, s.logps) == (first[key].tokens, first[key].logps)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", slow.param("deepseek_v3")])
 def test_sharded_rows_and_heads_equal_one_device(family):
   model, read = random_model(family), prompts(256, (3, 9, 14))
   records = config.RecordsOptions(n=15)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import slow
 from local_stores import free_port
 from object_stores import contents
 from tiny_checkpoints import CONFIG
@@ -45,10 +46,6 @@ else:
 """
 
 
-def slow(*values):
-  return pytest.param(*values, marks=pytest.mark.slow)
-
-
 def start(store, tmp_path, verb, flag="", **env):
   env = os.environ | store.environment() | {"DISTILL_JAX_CACHE": str(tmp_path / verb), **env}
   env |= {"JAX_PLATFORMS": "cpu"}
@@ -74,7 +71,7 @@ def expected(tmp_path):
   return {p.name: p.read_bytes() for p in (tmp_path / "expected").iterdir()}
 
 
-@pytest.mark.parametrize("object_store", ["s3", slow("gcs")], indirect=True)
+@pytest.mark.parametrize("object_store", ["s3", slow.param("gcs")], indirect=True)
 def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expected):
   finish(start(object_store, tmp_path, "save"))
   port = free_port()
@@ -87,7 +84,12 @@ def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expecte
 
 @pytest.mark.parametrize(
   "object_store, fault",
-  [("s3", "reset_request"), slow("gcs", 503), slow("s3", 503), slow("gcs", "reset_request")],
+  [
+    ("s3", "reset_request"),
+    slow.param("gcs", 503),
+    slow.param("s3", 503),
+    slow.param("gcs", "reset_request"),
+  ],
   indirect=["object_store"],
 )
 def test_faults_in_the_middle_of_uploads(object_store, tmp_path, expected, fault):

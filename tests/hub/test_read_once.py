@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import slow
 from tiny_checkpoints import CONFIG, Counted, write_folder
 
 from distill_jax import registry
@@ -36,8 +37,8 @@ def check_same(a, b):
 @pytest.mark.parametrize(
   "family, shape",
   [
-    pytest.param("llama", "tiny", marks=pytest.mark.slow),
-    pytest.param("qwen3", "tiny-moe", marks=pytest.mark.slow),  # experts, sharded over `tensor`
+    slow.param("llama", "tiny"),
+    slow.param("qwen3", "tiny-moe"),  # experts, sharded over `tensor`
     ("deepseek_v3", "tiny"),  # also layers that do not start at 0, and parameters in float32
     ("clip", "tiny"),  # a single number, and a convolution
   ],

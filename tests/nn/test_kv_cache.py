@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow
 
 from distill_jax.generation.unrolled import empty_cache, unroll
 from distill_jax.nn import fused_head, kv_cache
@@ -71,7 +72,7 @@ def test_the_int8_cache_follows_the_formula(family):
   assert 0 < off < 0.05
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", slow.param("deepseek_v3")])
 def test_tokens_do_not_depend_on_the_batch(family):
   """Sampled tokens are the same in batches of different sizes; a rerun also has equal logps."""
   model, read = decoding.random_model(family), decoding.prompts(256)

@@ -113,7 +113,7 @@ def compiled_afresh():
 @pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize(
   "family",
-  # Biases and norms of queries and keys do not change the layout of llama's matrices.
+  # The layout of the matrices is llama's in the slow ones.
   slow.all_but(
     (("llama", "tiny"), ("deepseek_v3", "tiny"), ("qwen3", "tiny-moe")),
     [f for f in tiny.decoder_shapes() if f[1] in ("tiny", "tiny-moe")],

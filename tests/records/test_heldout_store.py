@@ -10,6 +10,7 @@ from pathlib import Path
 import heldout_runs
 import object_stores
 import pytest
+import slow
 from heldout_runs import HELDOUT, ROWS, made, run
 from tiny_store import contents
 
@@ -72,7 +73,7 @@ def test_no_document_is_in_both_stores(both):
 
 @pytest.mark.parametrize(
   "shard, missing",
-  [(6, (2, ROWS)), pytest.param(8, (0, 14), marks=pytest.mark.slow)],
+  [(6, (2, ROWS)), slow.param(8, (0, 14))],
 )
 def test_a_killed_command_is_continued(both, tmp_path, shard, missing):
   """Shards 0 to 5 are packed; 6 and 7 are held-out records, 8 to 11 are training records."""

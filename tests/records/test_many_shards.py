@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import slow
 from array_record.python import array_record_module
 from tiny_store import manifest, record, sequence
 
@@ -62,9 +63,7 @@ def run(code, *args):
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-  ("shards", "limit"), [(200, 64), pytest.param(5000, 256, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("shards", "limit"), [(200, 64), slow.param(5000, 256)])
 def test_more_shards_than_files_may_be_open(tmp_path, shards, limit):
   many_shards(tmp_path, shards)
   done = run(READ, tmp_path, limit, shards)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import packing_runs
 import pytest
+import slow
 import tiny
 from packing_runs import SHARD, made, run, store_bytes, write_corpus
 
@@ -87,9 +88,7 @@ def test_recording_text_writes_the_same_store(whole, tmp_path):
   assert record.run(config.resolve(c), tmp_path / "text") == {**done, "recorded_now": 0}
 
 
-@pytest.mark.parametrize(
-  "workers, number, phase", [(1, 2, "after"), pytest.param(2, 4, "before", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("workers, number, phase", [(1, 2, "after"), slow.param(2, 4, "before")])
 def test_a_killed_run_is_continued_by_another_number_of_processes(
   whole, tmp_path, workers, number, phase
 ):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow
 from steps import V, make_batch, make_step, run
 
 from distill_jax import config
@@ -27,10 +28,6 @@ from distill_jax.types import Batch
 @functools.cache
 def random_model(seed):
   return jax.jit(lambda key: llama.Model(llama.TINY, key))(jax.random.key(seed))
-
-
-def slow_param(value):
-  return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def test_golden_three_steps(reference):
 
 # The slow meshes have no axes, nor pairs of axes, that the others lack.
 @pytest.mark.parametrize(
-  "shape", [(2, 2, 1), (1, 2, 2), (1, 1, 2), *(slow_param(s) for s in ((4, 1, 1), (1, 4, 1)))]
+  "shape", [(2, 2, 1), (1, 2, 2), (1, 1, 2), *(slow.param(s) for s in ((4, 1, 1), (1, 4, 1)))]
 )
 def test_mesh_does_not_change_training(reference, shape):
   """Float32 sums in another order change metrics by 1e-5, and parameters by the noise of Adam."""
@@ -95,7 +92,7 @@ def test_invalid_sharding_rules_are_refused(changes, message):
     sharding.rules(changes)
 
 
-@pytest.mark.parametrize("accumulate", [2, slow_param(4), 8])
+@pytest.mark.parametrize("accumulate", [2, slow.param(4), 8])
 def test_accumulation_is_one_large_batch(reference, accumulate):
   _, rows = run(make_step(accumulate=accumulate))
   for row, want in zip(rows, reference[1], strict=True):
@@ -108,7 +105,7 @@ def test_accumulation_on_a_mesh(reference):
   assert rows[-1]["loss"] == pytest.approx(reference[1][-1]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", slow_param("dots")])  # nn/test_remat.py has them all
+@pytest.mark.parametrize("remat", ["full", slow.param("dots")])  # nn/test_remat.py has them all
 def test_remat_does_not_change_training(reference, remat):
   _, rows = run(make_step(student=ComputeConfig(remat=remat)))
   assert rows[-1]["loss"] == pytest.approx(reference[1][-1]["loss"], rel=1e-6)
