@@ -15,8 +15,9 @@ line is a JSON object.
 
 The wall times are only valid on an idle machine: with other work, the threads of torch wait for
 each other, and its speed can fall to a tenth. `load_before` is the load average at the start. On a
-busy machine, give both sides one core (`taskset -c 1`) and compare the CPU time, in which no thread
-waits for another. Measured on two cores that other programs kept busy, all tokens equal:
+busy machine, run the script on one core (`taskset -c 1`) and compare the CPU time: torch then has a
+single thread, which cannot wait for others. Measured on two cores that other programs kept busy,
+all tokens equal:
 
   cores  options                 load  speedup  in CPU time
   one    --rounds=1 --new=32        6     1.61         1.17
