@@ -26,6 +26,7 @@ from distill_jax.report.examples import Generation
 from distill_jax.runtime import distributed
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48  # of a text
+TEXT_ROOM = 80  # slots for the prompt of a text: its tokens can be more when they are encoded again
 CHAT_TOKENS = 512  # of a chat's prompt, at most
 CHATS = 50  # held-out chats among which the shortest prompts are taken
 FILE = "prompts.jsonl"
@@ -53,7 +54,8 @@ def generate(
   """
   tokenizer = next(iter(models.values())).tokenizer(config.data)
   shapes = [m.source.decoder_config for m in models.values()]
-  room = min(CHAT_TOKENS + NEW_TOKENS, *(shape.max_position_embeddings for shape in shapes))
+  longest = CHAT_TOKENS if config.evaluate.prompts or config.data.kind == "chat" else TEXT_ROOM
+  room = min(longest + NEW_TOKENS, *(shape.max_position_embeddings for shape in shapes))
   prompts = _prompts(config, tokenizer, room - NEW_TOKENS)
   shards = sharding.row_shards(mesh)
   rows = shards * -(-len(prompts) // shards)

@@ -7,7 +7,6 @@ import functools
 from typing import ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from distill_jax.errors import bad_value
@@ -16,6 +15,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import layers
 from distill_jax.nn.params import stack
+from distill_jax.nn.products import product
 from distill_jax.types import QKV, JsonObject
 
 EPS = 1e-5  # epsilon of norms
@@ -131,7 +131,7 @@ class DecoderLayer(_seq2seq.DecoderLayer, EncoderLayer):  # type: ignore[misc]  
     self, x_BTD: jax.Array, a_BTHh: jax.Array, o: nnx.Param, bias: nnx.Param, norm: str
   ) -> jax.Array:
     """Adds an attention's projected output to the residual, and norms it unless PRE_NORM."""
-    x_BTD = x_BTD + jnp.einsum("BTHh,HhD->BTD", a_BTHh, o[...]) + bias[...][None, None]
+    x_BTD = x_BTD + product(a_BTHh, o[...], 2) + bias[...][None, None]
     return x_BTD if self.PRE_NORM else self._norm(x_BTD, norm)
 
   def qkv(self, x_BTD: jax.Array) -> QKV:

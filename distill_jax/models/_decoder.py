@@ -21,6 +21,7 @@ from distill_jax.models._decoder_config import TINY, Config
 from distill_jax.models._experts import Experts
 from distill_jax.nn import attention, context, embedding, kv_cache, layers, sharding
 from distill_jax.nn.params import param, stack, take_layer
+from distill_jax.nn.products import product
 from distill_jax.types import QKV, Inputs, Output
 
 __all__ = ["TINY", "Block", "Cache", "Config", "LayerStacks", "Model", "PositionInputs", "declare"]
@@ -99,9 +100,9 @@ class Block(nnx.Module):
   def qkv(self, x_BTD: jax.Array, angles: layers.Angles) -> QKV:
     """Returns queries [B, T, H, h], keys and values [B, T, G, h] for the layer's input."""
     y_BTD = self.norm(x_BTD, self.attn_norm)
-    q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
-    k_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.k[...])
-    v_BTGh = jnp.einsum("BTD,DGh->BTGh", y_BTD, self.v[...])
+    q_BTHh = product(y_BTD, self.q[...])
+    k_BTGh = product(y_BTD, self.k[...])
+    v_BTGh = product(y_BTD, self.v[...])
     if self.config.QKV_BIAS:
       q_BTHh = layers.add_head_bias(q_BTHh, self.q_bias[...])
       k_BTGh = layers.add_head_bias(k_BTGh, self.k_bias[...])
@@ -138,7 +139,7 @@ class Block(nnx.Module):
 
   def project_heads(self, a_BTHh: jax.Array) -> jax.Array:
     """Returns the update of the residual by attention, given the output of its heads."""
-    return jnp.einsum("BTHh,HhD->BTD", a_BTHh, self.o[...])
+    return product(a_BTHh, self.o[...], 2)
 
   def feed_forward(self, x_BTD: jax.Array, rules: sharding.Rules) -> jax.Array:
     """Returns the update of the residual by the feed-forward."""

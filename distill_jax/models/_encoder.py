@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import ClassVar, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from distill_jax.errors import bad_value, check_choice
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import attention, layers
+from distill_jax.nn.products import product, recomputed
 from distill_jax.types import QKV, JsonObject
 
 
@@ -125,7 +125,7 @@ def label_names(n: int) -> JsonObject:
 
 def heads_of(x_BSD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
   """Projects hidden states [B, S, D] to heads [B, S, H, h]."""
-  y_BSHh = jnp.einsum("BSD,DHh->BSHh", x_BSD, weight[...])
+  y_BSHh = product(x_BSD, weight[...])
   return y_BSHh if bias is None else layers.add_head_bias(y_BSHh, bias[...])
 
 
@@ -165,13 +165,13 @@ class Block(nnx.Module):
   def attend(self, x_BSD: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
     """Returns the update of the residual by attention."""
     a_BSHh = attention.full(*self.qkv(x_BSD), valid_BS, self.CAUSAL)
-    return jnp.einsum("BSHh,HhD->BSD", a_BSHh, self.o[...]) + self.o_bias[...][None, None]
+    return product(a_BSHh, self.o[...], 2) + self.o_bias[...][None, None]
 
   def feed_forward(self, x_BSD: jax.Array) -> jax.Array:
     """Returns the update of the residual by the feed-forward, given its normed input."""
-    h_BSF = x_BSD @ self.up[...] + self.up_bias[...][None, None]
-    h_BSF = ACTIVATIONS[self.config.hidden_act](h_BSF)
-    return h_BSF @ self.down[...] + self.down_bias[...][None, None]
+    h_BSF = product(x_BSD, self.up[...]) + self.up_bias[...][None, None]
+    h_BSF = recomputed(ACTIVATIONS[self.config.hidden_act], h_BSF)
+    return product(h_BSF, self.down[...]) + self.down_bias[...][None, None]
 
   def norm_attn(self, x_BSD: jax.Array) -> jax.Array:
     eps = self.config.layer_norm_eps

@@ -17,6 +17,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._family import FamilyDefaults, check_numbers
 from distill_jax.nn import layers, sharding
 from distill_jax.nn.params import stack
+from distill_jax.nn.products import product, recomputed
 from distill_jax.types import Images, JsonObject, Output
 
 HF_MODEL_TYPES = ("convnext",)  # model_type in config.json
@@ -123,9 +124,10 @@ class Block(nnx.Module):
       y_BYWD = layers.layer_norm(y_BYWD, self.norm[...], self.norm_bias[...], EPS)
     with jax.named_scope("mlp"):
       act = _encoder.ACTIVATIONS[self.config.hidden_act]
-      h_BYWF = act(y_BYWD @ self.up[...] + over_places(self.up_bias[...]))
+      h_BYWF = product(y_BYWD, self.up[...]) + over_places(self.up_bias[...])
+      h_BYWF = recomputed(act, h_BYWF)
       return x_BYWD + over_places(self.scale[...]) * (
-        h_BYWF @ self.down[...] + over_places(self.down_bias[...])
+        product(h_BYWF, self.down[...]) + over_places(self.down_bias[...])
       )
 
 

@@ -15,6 +15,7 @@ from distill_jax.models import _decoder, _rope
 from distill_jax.models._declare import Declare
 from distill_jax.models._experts import Experts, check_top_k, grouped_top_k
 from distill_jax.nn import attention, kv_cache, layers, sharding
+from distill_jax.nn.products import product
 from distill_jax.types import QKV, JsonObject
 
 HF_MODEL_TYPES = ("deepseek_v3",)  # model_type in config.json
@@ -197,7 +198,7 @@ class Block(_decoder.Block):
   ) -> tuple[jax.Array, jax.Array]:
     """Returns keys [B, T, H, h] and values [B, T, H, w] of the heads of `up_RHh`."""
     c = self.config
-    k_and_v_BTHh = jnp.einsum("BTR,RHh->BTHh", kv_BTR, up_RHh)
+    k_and_v_BTHh = product(kv_BTR, up_RHh)
     k_BTHu, v_BTHw = jnp.split(k_and_v_BTHh, [c.qk_nope_head_dim], -1)
     # All heads share one rotated key.
     k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], (*k_BTHu.shape[:3], c.qk_rope_head_dim))
@@ -209,11 +210,11 @@ class Block(_decoder.Block):
     """Returns queries [B, T, H, h], latents for keys and values [B, T, R], keys [B, T, r]."""
     c, y_BTD = self.config, self.norm(x_BTD, self.attn_norm)
     if c.q_lora_rank is None:
-      q_BTHh = jnp.einsum("BTD,DHh->BTHh", y_BTD, self.q[...])
+      q_BTHh = product(y_BTD, self.q[...])
     else:
-      q_BTR = layers.rms_norm(y_BTD @ self.q_down[...], self.q_norm[...], LATENT_EPS)
-      q_BTHh = jnp.einsum("BTR,RHh->BTHh", q_BTR, self.q_up[...])
-    kv_BTR, k_rope_BTr = jnp.split(y_BTD @ self.kv_down[...], [c.kv_lora_rank], -1)
+      q_BTR = layers.rms_norm(product(y_BTD, self.q_down[...]), self.q_norm[...], LATENT_EPS)
+      q_BTHh = product(q_BTR, self.q_up[...])
+    kv_BTR, k_rope_BTr = jnp.split(product(y_BTD, self.kv_down[...]), [c.kv_lora_rank], -1)
     q_BTHu, q_rope_BTHr = jnp.split(q_BTHh, [c.qk_nope_head_dim], -1)
     q_rope_BTHr = layers.rope(q_rope_BTHr, angles, c.rope_interleave)
     q_BTHh = jnp.concatenate([q_BTHu, q_rope_BTHr], -1)

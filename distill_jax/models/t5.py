@@ -22,6 +22,7 @@ from distill_jax.models._encoder import heads_of
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.nn.params import param, stack
+from distill_jax.nn.products import product
 from distill_jax.types import QKV, Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("t5",)  # model_type in config.json
@@ -114,7 +115,7 @@ def declare_output(declare: Declare, c: Config, module: str) -> nnx.Param:
 
 def project_heads(a_BTHh: jax.Array, weight: nnx.Param) -> jax.Array:
   """Returns the update of the residual by attention, given the output of its heads."""
-  return jnp.einsum("BTHh,HhD->BTD", a_BTHh, weight[...])
+  return product(a_BTHh, weight[...], 2)
 
 
 class EncoderLayer(nnx.Module):

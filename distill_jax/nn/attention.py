@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.nn import cudnn, dense, sharding
+from distill_jax.nn.products import recomputed
 
 KERNELS = ("auto", "xla", "splash", "cudnn", "cudnn_packed")
 GPU = ("gpu", "cuda")
@@ -142,9 +143,8 @@ def full(
     [B, T, H, h].
   """
   mask_B1TS = None if valid_BS is None else valid_BS[:, None, None, :]
-  return jax.nn.dot_product_attention(
-    q_BTHh, k_BSGh, v_BSGh, bias=bias_BHTS, mask=mask_B1TS, scale=scale, is_causal=causal
-  )
+  attend = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal)
+  return recomputed(attend, q_BTHh, k_BSGh, v_BSGh, bias_BHTS, mask_B1TS)
 
 
 def cached(

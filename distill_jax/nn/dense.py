@@ -7,6 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from distill_jax.nn.products import recomputed
+
 
 def attention(
   q_BQHh: jax.Array,
@@ -23,7 +25,8 @@ def attention(
 ) -> jax.Array:
   """Computes attention of the queries of each row to all its keys, with a mask [B, Q, K].
 
-  XLA stores the scores [B, H, Q, K]. cuDNN does not: it adds the mask to them.
+  XLA computes the scores of a layer [B, H, Q, K] as one array, and computes them again in the
+  backward pass. cuDNN does not store them: it adds the mask to them.
 
   Arguments and result are those of `splash.attention`, except `implementation`, the library that
   computes. cuDNN skips the blocks above the diagonal if `chunk` is the whole row.
@@ -34,15 +37,16 @@ def attention(
   if sizes != (None,):
     seen_QK &= back_QK < jnp.asarray([w or K for w in sizes])[at]
   mask_BQK = seen_QK[None] & (q_segments_BQ[:, :, None] == kv_segments_BK[:, None, :])
-  a_BQHh = jax.nn.dot_product_attention(
-    q_BQHh,
-    k_BKGh,
-    as_wide_as(v_BKGh, q_BQHh),  # jax needs values as wide as keys
-    mask=mask_BQK[:, None],
-    scale=scale,
-    is_causal=chunk >= K == q_BQHh.shape[1],
-    implementation=implementation,
-  )
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    causal = chunk >= K == q_BQHh.shape[1]
+    return jax.nn.dot_product_attention(
+      q, k, v, mask=mask, scale=scale, is_causal=causal, implementation=implementation
+    )
+
+  # jax needs values as wide as keys.
+  args = q_BQHh, k_BKGh, as_wide_as(v_BKGh, q_BQHh), mask_BQK[:, None]
+  a_BQHh = attend(*args) if implementation == "cudnn" else recomputed(attend, *args)
   return a_BQHh[..., :width]
 
 

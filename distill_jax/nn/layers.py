@@ -13,6 +13,7 @@ from flax import nnx
 
 from distill_jax.errors import InputError, bad_value, check_choice
 from distill_jax.nn import embedding, lora, params, sharding
+from distill_jax.nn.products import product, recomputed
 from distill_jax.nn.quantise import QuantiseOptions, rounded
 from distill_jax.types import Tree
 
@@ -97,20 +98,26 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0
   Returns:
     An array of the input's shape and dtype.
   """
-  x = x_BTD.astype(jnp.float32)
-  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  scale = jnp.broadcast_to(scale_D.astype(jnp.float32) + offset, x.shape)
-  return (x * scale).astype(x_BTD.dtype)
+
+  def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    x, dtype = x.astype(jnp.float32), x.dtype
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return (x * jnp.broadcast_to(scale.astype(jnp.float32) + offset, x.shape)).astype(dtype)
+
+  return recomputed(norm, x_BTD, scale_D)
 
 
 def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
   """Computes layer norm (arXiv:1607.06450) in float32; returns the input's shape and dtype."""
-  x = x_BTD.astype(jnp.float32)
-  x -= jnp.mean(x, -1, keepdims=True)
-  x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  x = x * jnp.broadcast_to(scale_D.astype(jnp.float32), x.shape)
-  x = x + jnp.broadcast_to(bias_D.astype(jnp.float32), x.shape)
-  return x.astype(x_BTD.dtype)
+
+  def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    x, dtype = x.astype(jnp.float32), x.dtype
+    x -= jnp.mean(x, -1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    x = x * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    return (x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)).astype(dtype)
+
+  return recomputed(norm, x_BTD, scale_D, bias_D)
 
 
 def add_head_bias(x_BTHh: jax.Array, bias: jax.Array) -> jax.Array:
@@ -186,7 +193,9 @@ def gated_mlp(
   activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> jax.Array:
   """Returns down(activation(gate(x)) * up(x)); with silu this is SwiGLU (arXiv:2002.05202)."""
-  return (activation(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+  gate_BTF, up_BTF = product(x_BTD, gate_DF), product(x_BTD, up_DF)
+  h_BTF = recomputed(lambda gate, up: activation(gate) * up, gate_BTF, up_BTF)
+  return product(h_BTF, down_FD)
 
 
 def experts(
@@ -273,7 +282,8 @@ def _experts_from(
 
   x_XD = only_mine(x_BTD.reshape(-1, D)[order_X // K])
   gate_XF = jax.lax.ragged_dot(x_XD, gate_EDF, sizes_E)
-  h_XF = jax.nn.silu(gate_XF) * jax.lax.ragged_dot(x_XD, up_EDF, sizes_E)
+  up_XF = jax.lax.ragged_dot(x_XD, up_EDF, sizes_E)
+  h_XF = recomputed(lambda gate, up: jax.nn.silu(gate) * up, gate_XF, up_XF)
   y_XD = only_mine(jax.lax.ragged_dot(h_XF, down_EFD, sizes_E))[jnp.argsort(order_X)]
   y_BTKD = y_XD.reshape(B, T, K, D)
   return jnp.einsum("BTKD,BTK->BTD", y_BTKD, weight_BTK.astype(y_BTKD.dtype))

@@ -187,9 +187,9 @@ def step_flops(config: Config, verb: str, rows: int) -> dict[str, float]:
     "attention": 3 * forward.attention,
     "head": (3 if _head_is_trained(source) else 2) * forward.head,
   }
-  scores_again = 0.0 if student.remat == "none" else forward.attention
-  if student.attention != "xla":  # flash kernels compute the scores again in the backward pass
-    scores_again += forward.attention / 2
+  scores_again = forward.attention / 2  # the backward pass of every kernel computes them again
+  if student.remat != "none":
+    scores_again += forward.attention
   flops["recomputed"] = scores_again + (forward.weights if student.remat == "full" else 0)
   unused = _unused_share(source.decoder_config, student.attention, own, document)
   flops["masked"] = unused * (flops["attention"] + scores_again)
