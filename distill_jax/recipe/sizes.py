@@ -100,10 +100,10 @@ def activation_bytes(length: int, models: Models, machine: Machine, remat: str) 
   config = models.student.decoder_config
   size = 4 if machine.is_cpu else 2
   layer = length * (14 * config.hidden_size + 3 * config.intermediate_size) * size
-  if machine.is_cpu:  # there the attention weights are stored
-    layer += 2 * config.num_attention_heads * length**2 * 4
   kept = length * config.hidden_size * size if remat == "full" else layer
-  return config.num_hidden_layers * kept + layer
+  # On a CPU, the attention scores of one layer at a time are in memory.
+  scores = 2 * config.num_attention_heads * length**2 * 4 if machine.is_cpu else 0
+  return config.num_hidden_layers * kept + layer + scores
 
 
 def forward_batch(length: int, sequences: int, models: Models, machine: Machine) -> int:

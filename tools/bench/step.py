@@ -9,7 +9,10 @@ sequences of 512 tokens per step. Every round runs one step of each, in varying 
   records  kd on 63 sampled targets per token, and cross-entropy;
   online   the same losses with a teacher of 30 layers in the step;
   frozen   as records, but the embedding, which is the head too, is not trained;
-  lora     as records, with adapters of rank 8 on a base model that is not trained.
+  lora     as records, with adapters of rank 8 on a base model that is not trained;
+  naive    as records, but norms, activations and attention keep all their intermediate results for
+           the backward pass, and products keep the axes of rows and positions apart (for what
+           nn/products.py does).
 
 Each is a step.Step, compiled as in training, with its metrics. `A_over_B` is the median over rounds
 of the ratio of two steps, wall clock; `…_cpu_time` is the same of the CPU time of all threads, for
@@ -24,13 +27,16 @@ interval of train.eval_every, which is chosen for at most 2%.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +44,8 @@ import numpy as np
 
 from distill_jax import config
 from distill_jax.losses import SampledTargets, ce, kd
-from distill_jax.models import llama, trainables
+from distill_jax.models import _decoder, llama, trainables
+from distill_jax.nn import dense, layers
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.schedules import constant
@@ -51,6 +58,7 @@ RATIOS = (
   ("online", "hard"),
   ("frozen", "records"),
   ("lora", "records"),
+  ("records", "naive"),
 )
 FORWARD = {"records": 1 / 3, "lora": 1 / 2, "online": 1.0}  # see heldout.forward_share
 POINTS, ENTRIES = 63, 20  # points of systematic sampling, and distinct tokens among them
@@ -83,6 +91,29 @@ def batch_of(vocab_size: int, B: int, T: int) -> Batch:
   return Batch(inputs, i32(np.roll(tokens, -1, 1)), mask, {"teacher": targets})
 
 
+@contextlib.contextmanager
+def naive_layers() -> Iterator[None]:
+  """Replaces the functions of nn/products.py in models by what they improve on."""
+
+  def product(x, w, contracted=1):
+    return jnp.tensordot(x, w, contracted)
+
+  def recomputed(fn, *args):
+    return fn(*args)
+
+  with contextlib.ExitStack() as stack:
+    for module, fn in (
+      (_decoder, product),
+      (layers, product),
+      (layers, recomputed),
+      (dense, recomputed),
+    ):
+      stack.enter_context(mock.patch.object(module, fn.__name__, fn))
+    jax.clear_caches()  # jax keeps what it traced of a scan's body
+    yield
+  jax.clear_caches()
+
+
 def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chunk: int):
   """Returns [compiled step, initial state, batch, teachers, base model, evaluation] by name."""
   soft, hard = kd.Loss(weight=constant(0.7)), ce.Loss(weight=constant(0.3))
@@ -99,6 +130,7 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
     ("online", both, plain, online, trainables.WHOLE),
     ("frozen", both, batch, {}, frozen),
     ("lora", both, batch, {}, lora),
+    ("naive", both, batch, {}, trainables.WHOLE),
   ):
     step = Step(
       losses=losses,
@@ -113,7 +145,8 @@ def contestants(student: llama.Config, teacher: llama.Config, batch: Batch, chun
     trained = trainable.init(model, jax.random.key(2), pretrained=False)
     state = step.init(jax.tree.map(jnp.copy, trained))  # a copy, because the step donates it
     arguments = [state, given, teachers, model if trainable.has_base else None]
-    program = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    with naive_layers() if name == "naive" else contextlib.nullcontext():
+      program = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     of_step = functools.partial(heldout.evaluate, step, 999)
     evaluation = jax.jit(of_step).lower((state.params, state.adapters), *arguments[1:]).compile()
     made[name] = [program, *arguments, evaluation]
@@ -147,8 +180,8 @@ def main() -> None:
   parser.add_argument("--small", action="store_true", help="tiny shapes, to check the script")
   args = parser.parse_args()
   teacher = llama.TINY if args.small else llama.CONFIGS["smollm2-135m"]
-  layers = 2 if args.small else args.layers
-  student = dataclasses.replace(teacher, num_hidden_layers=layers)
+  depth = 2 if args.small else args.layers
+  student = dataclasses.replace(teacher, num_hidden_layers=depth)
   B, T = (2, 32) if args.small else (2, 512)
   made = contestants(student, teacher, batch_of(student.vocab_size, B, T), args.chunk)
   names = list(made)
@@ -181,7 +214,7 @@ def main() -> None:
   figures |= {f"{n}_seconds": statistics.median(s) for n, s in wall.items()}
   figures |= {f"{n}_temp_bytes": n_bytes for n, n_bytes in temporary.items()}
   figures |= {f"{n}_state_bytes": n_bytes for n, n_bytes in state_bytes.items()}
-  figures |= {"tokens": B * T, "student_layers": layers, "chunk": args.chunk}
+  figures |= {"tokens": B * T, "student_layers": depth, "chunk": args.chunk}
   for name, value in figures.items():
     print(f"{name:40}{value:18,.4f}")
   print(f"load {os.getloadavg()[0]:.1f}")
