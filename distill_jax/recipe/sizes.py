@@ -138,7 +138,7 @@ def power_of_two(x: float, most: int) -> int:
 def peak_lr(models: Models) -> float:
   """Returns the peak learning rate: higher for a student cut from its teacher, lower for width.
 
-  1e-3 was the best of those tried for 12 of SmolLM2-135M's layers; see configs/demo.py.
+  1e-3 was the best of those tried for 12 of SmolLM2-135M's layers and 1,024 tokens per step.
   """
   base = 1e-3 if models.is_cut else 2e-4
   rate = base * min(1.0, 768 / models.student.decoder_config.hidden_size)

@@ -67,7 +67,7 @@ def test_a_fraction_of_the_teacher(folder):
   c = planned(folder, student="half").config
   assert c.student.source == c.teacher.source
   assert c.student.keep_layers == (0, 5, 6, 7)
-  assert model_source.kept_layers(0.4, 30) == (0, 1, 2, *range(21, 30))  # as in configs/demo.py
+  assert model_source.kept_layers(0.4, 30) == (0, 1, 2, *range(21, 30))
   assert model_source.kept_layers(0.5, 1) == (0,)
 
 
