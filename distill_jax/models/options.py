@@ -42,9 +42,9 @@ class ModelOptions:
   param_dtype: str = "float32"
   """Dtype of the parameters in memory: "float32", "bfloat16" or "float16"."""
   remat: str = "none"
-  """Activations kept for the backward pass: "none" keeps all of them, "dots" keeps the results of
-  matrix products, "offload" keeps these in host memory, "full" keeps only each layer's input. What
-  is not kept is recomputed."""
+  """Activations kept for the backward pass: "none" keeps all except those of norms, activation
+  functions and attention scores, "dots" keeps the results of matrix products, "offload" keeps these
+  in host memory, "full" keeps only each layer's input. What is not kept is recomputed."""
   attention: str = "auto"
   """Attention kernel: "xla", "splash" (TPU), "cudnn" (GPU), "cudnn_packed" (GPU, not run on one
   yet: it skips the blocks between documents and has no mask), or "auto" for the best of the first

@@ -37,9 +37,9 @@ class ComputeConfig:
   Attributes:
     dtype: the dtype of matrix products and activations; norms, softmax and losses are float32.
     rules: the map from logical to mesh axes.
-    remat: the activations of a layer that are kept for the backward pass. "none" keeps all of them,
-      and weights with merged adapters; "dots" keeps the results of matrix products; "offload"
-      keeps these in host memory; "full" keeps only the layer's input.
+    remat: the activations of a layer that are kept for the backward pass. "none" keeps all except
+      those inside of `recomputed`, and weights with merged adapters; "dots" keeps the results of
+      matrix products; "offload" keeps these in host memory; "full" keeps only the layer's input.
     attention: the kernel, one of attention.KERNELS.
     quantise: the integers by which linear weights are represented.
     training: whether the model is a student in its training step. Only there DeiT has two outputs
