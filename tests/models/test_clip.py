@@ -153,6 +153,7 @@ def test_an_export_is_read_by_transformers_bit_for_bit(both, tmp_path):
   assert of(out) == of(folder) == ours.config
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_same_on_a_mesh(both):
   """Uses InfoNCE, affinity mimicking and embedding losses with all negatives of the batch."""
   student, teacher = both[2], another(both[2])

@@ -311,6 +311,7 @@ def test_what_does_not_fit_is_refused(c):
   refused("Did you mean 'num_labels'")
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_on_text_embeddings(c, tmp_path):
   """The online teacher is wider; the metrics of `evaluate` are those of numpy."""
   c.tasks = {
