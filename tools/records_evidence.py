@@ -5,9 +5,9 @@
 The teacher, the text and the losses are those of configs/demo.py. The student keeps the first and
 the last of the teacher's layers, half of `--layers` each. All students make STEPS steps of one
 sequence, with one learning rate for soft labels and one for `hard`, and are compared by the KL
-divergence to the teacher on held-out topics, from all of its logits. `online` has the teacher in
-the training step, so that its targets are the teacher's whole distribution. A seed chooses the
-samples of its own records, and the order of the sequences.
+divergence to the teacher on held-out topics, from all logits. `online` has the teacher in
+the training step, so that its targets are the teacher's whole distribution. Each
+seed has separate records; it chooses their samples, and the order of the sequences.
 
 `share` is the mean over seeds of the gain over `hard`, over the same of `online`. Commands that are
 finished do nothing when the script runs again, and the table is printed from the folder.
@@ -87,10 +87,14 @@ def table(folder: Path, names: list[str]) -> str:
 
 
 def bytes_per_token(folder: Path, points: str) -> str:
-  """Returns the mean size of a token in the stores of N points; "" if `points` is no number."""
+  """Returns the mean size of a token in the stores of N points; "" if `points` is not a number.
+
+  Files are larger, because array_record fills them up to a multiple of 64 KiB.
+  """
   stores = [s for s in folder.glob(f"records-{points}-*") if points.isdigit()]
-  sizes = [f.stat().st_size for s in stores for f in s.glob("*.array_record")]
-  return f"{sum(sizes) / (len(sizes) * SEQUENCES * 512):.1f}" if sizes else ""
+  shards = [json.loads(f.read_text()) for s in stores for f in s.glob("*.array_record.json")]
+  size = sum(sum(shard["fields"].values()) for shard in shards)
+  return f"{size / sum(shard['tokens'] for shard in shards):.1f}" if shards else ""
 
 
 def main() -> None:

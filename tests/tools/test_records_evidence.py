@@ -19,8 +19,9 @@ def test_the_table_has_the_share_of_the_gain_of_a_teacher_in_the_step(tmp_path):
   (tmp_path / "evaluation.json").write_text(json.dumps({"models": models}))
   for seed in range(2):
     (tmp_path / f"records-8-{seed}").mkdir()
-    size = (20 + 10 * seed) * evidence.SEQUENCES * 512
-    (tmp_path / f"records-8-{seed}" / "records-00000.array_record").write_bytes(bytes(size))
+    shard = {"tokens": 100, "fields": {"key": 500, "tokens": 1_500 + 1_000 * seed}}
+    file = tmp_path / f"records-8-{seed}" / "records-00000.array_record.json"
+    file.write_text(json.dumps(shard))
   lines = evidence.table(tmp_path, names).splitlines()
   assert lines[2] == "| 8 | 25.0 | 1.500 | 1.600, 1.500, 1.400 | 50.0% |"
   assert lines[3:] == [
