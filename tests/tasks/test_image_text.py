@@ -115,6 +115,7 @@ def test_recall_is_computed_among_distinct_texts():
   assert found == {"text_recall": 0.5, "image_recall": pytest.approx(2 / 3)}
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_with_an_online_teacher(c, tmp_path):
   """The exported folder loads in transformers as a model and an image processor."""
   transformers = pytest.importorskip("transformers")
