@@ -5,9 +5,9 @@
 The teacher, the text and the losses are those of configs/demo.py. The student keeps the first and
 the last of the teacher's layers, half of `--layers` each. All students make STEPS steps of one
 sequence, with one learning rate for soft labels and one for `hard`, and are compared by the KL
-divergence to the teacher on held-out topics, from all logits. `online` has the teacher in
-the training step, so that its targets are the teacher's whole distribution. Each
-seed has separate records; it chooses their samples, and the order of the sequences.
+divergence to the teacher on held-out topics, from all logits. `online` has the teacher in the
+training step, so that its targets are the teacher's whole distribution. Each seed has separate
+records; it chooses their samples, and the order of the sequences.
 
 `share` is the mean over seeds of the gain over `hard`, over the same of `online`. Commands that are
 finished do nothing when the script runs again, and the table is printed from the folder.
@@ -21,6 +21,8 @@ import statistics
 from pathlib import Path
 
 from experiments import ROOT, run_command
+
+from distill_jax.records import describe, store
 
 CONFIG = ROOT / "configs" / "demo.py"
 STEPS, SEQUENCES = 32, 16
@@ -58,9 +60,9 @@ def train_all(folder: Path, points: list[int], seeds: list[int], layers: int) ->
 
   for seed in seeds:
     for n in points:
-      store = f"records-{n}-{seed}"
-      command("record", "distilled", store, f"--config.records.n={n}")
-      train(str(n), "distilled", f'--config.train.records=("{store}",)')
+      records = f"records-{n}-{seed}"
+      command("record", "distilled", records, f"--config.records.n={n}")
+      train(str(n), "distilled", f'--config.train.records=("{records}",)')
     text = f'--config.train.records=("records-{points[-1]}-{seed}",)'
     train("hard", "hard", text)
     train("online", "distilled", text, "--config.train.online=True")
@@ -92,9 +94,13 @@ def bytes_per_token(folder: Path, points: str) -> str:
   Files are larger, because array_record fills them up to a multiple of 64 KiB.
   """
   stores = [s for s in folder.glob(f"records-{points}-*") if points.isdigit()]
-  shards = [json.loads(f.read_text()) for s in stores for f in s.glob("*.array_record.json")]
-  size = sum(sum(shard["fields"].values()) for shard in shards)
-  return f"{size / sum(shard['tokens'] for shard in shards):.1f}" if shards else ""
+  return f"{statistics.mean(map(payload_per_token, stores)):.1f}" if stores else ""
+
+
+def payload_per_token(folder: Path) -> float:
+  """Returns the bytes of records per token of a store."""
+  sizes = describe.describe(store.open_store(folder))
+  return sizes["bytes_per_token"] - sizes["container"]
 
 
 def main() -> None:
