@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from distill_jax.models import DecoderConfig
 from distill_jax.nn import params
 from distill_jax.recipe.machine import Machine
 from distill_jax.recipe.model_source import Models
@@ -99,18 +100,27 @@ def activation_bytes(length: int, models: Models, machine: Machine, remat: str) 
   """Returns the bytes that one sequence keeps for the backward pass."""
   config = models.student.decoder_config
   size = 4 if machine.is_cpu else 2
-  layer = length * (14 * config.hidden_size + 3 * config.intermediate_size) * size
+  layer = _layer_bytes(length, config, size)
   kept = length * config.hidden_size * size if remat == "full" else layer
   # On a CPU, the attention scores of one layer at a time are in memory.
-  scores = 2 * config.num_attention_heads * length**2 * 4 if machine.is_cpu else 0
+  scores = _score_bytes(length, config) if machine.is_cpu else 0
   return config.num_hidden_layers * kept + layer + scores
+
+
+def _layer_bytes(length: int, config: DecoderConfig, size: int) -> int:
+  """Returns the bytes of a layer's activations of one sequence, without attention scores."""
+  return length * (14 * config.hidden_size + 3 * config.intermediate_size) * size
+
+
+def _score_bytes(length: int, config: DecoderConfig) -> int:
+  """Returns the bytes of a layer's attention scores of one sequence, in float32."""
+  return 2 * config.num_attention_heads * length**2 * 4
 
 
 def forward_batch(length: int, sequences: int, models: Models, machine: Machine) -> int:
   """Returns the sequences of a batch without a backward pass."""
   config = models.teacher.decoder_config
-  row = length * (14 * config.hidden_size + 3 * config.intermediate_size) * 4
-  row += 2 * config.num_attention_heads * length**2 * 4
+  row = _layer_bytes(length, config, 4) + _score_bytes(length, config)
   most = 4 if machine.is_cpu else 32
   rows = power_of_two(0.2 * machine.memory / row, most)
   return machine.devices * min(rows, power_of_two(sequences / machine.devices, most))
