@@ -26,7 +26,7 @@ from distill_jax.report.examples import Generation
 from distill_jax.runtime import distributed
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48  # of a text
-TEXT_ROOM = 80  # slots for the prompt of a text: its tokens can be more when they are encoded again
+TEXT_ROOM = 80  # slots for a text's prompt; with NEW_TOKENS they fill one block of the KV cache
 CHAT_TOKENS = 512  # of a chat's prompt, at most
 CHATS = 50  # held-out chats among which the shortest prompts are taken
 FILE = "prompts.jsonl"

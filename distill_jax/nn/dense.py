@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -37,15 +38,14 @@ def attention(
   if sizes != (None,):
     seen_QK &= back_QK < jnp.asarray([w or K for w in sizes])[at]
   mask_BQK = seen_QK[None] & (q_segments_BQ[:, :, None] == kv_segments_BK[:, None, :])
-
-  def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    causal = chunk >= K == q_BQHh.shape[1]
-    return jax.nn.dot_product_attention(
-      q, k, v, mask=mask, scale=scale, is_causal=causal, implementation=implementation
-    )
-
-  # jax needs values as wide as keys.
-  args = q_BQHh, k_BKGh, as_wide_as(v_BKGh, q_BQHh), mask_BQK[:, None]
+  attend = functools.partial(
+    jax.nn.dot_product_attention,
+    scale=scale,
+    is_causal=chunk >= K == q_BQHh.shape[1],
+    implementation=implementation,
+  )
+  # jax needs values as wide as keys. There is no bias.
+  args = q_BQHh, k_BKGh, as_wide_as(v_BKGh, q_BQHh), None, mask_BQK[:, None]
   a_BQHh = attend(*args) if implementation == "cudnn" else recomputed(attend, *args)
   return a_BQHh[..., :width]
 

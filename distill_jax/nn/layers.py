@@ -193,9 +193,16 @@ def gated_mlp(
   activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> jax.Array:
   """Returns down(activation(gate(x)) * up(x)); with silu this is SwiGLU (arXiv:2002.05202)."""
-  gate_BTF, up_BTF = product(x_BTD, gate_DF), product(x_BTD, up_DF)
-  h_BTF = recomputed(lambda gate, up: activation(gate) * up, gate_BTF, up_BTF)
-  return product(h_BTF, down_FD)
+  return product(gated(product(x_BTD, gate_DF), product(x_BTD, up_DF), activation), down_FD)
+
+
+def gated(
+  gate_BTF: jax.Array,
+  up_BTF: jax.Array,
+  activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> jax.Array:
+  """Returns activation(gate) * up, which the backward pass computes again."""
+  return recomputed(lambda gate, up: activation(gate) * up, gate_BTF, up_BTF)
 
 
 def experts(
@@ -282,8 +289,7 @@ def _experts_from(
 
   x_XD = only_mine(x_BTD.reshape(-1, D)[order_X // K])
   gate_XF = jax.lax.ragged_dot(x_XD, gate_EDF, sizes_E)
-  up_XF = jax.lax.ragged_dot(x_XD, up_EDF, sizes_E)
-  h_XF = recomputed(lambda gate, up: jax.nn.silu(gate) * up, gate_XF, up_XF)
+  h_XF = gated(gate_XF, jax.lax.ragged_dot(x_XD, up_EDF, sizes_E))
   y_XD = only_mine(jax.lax.ragged_dot(h_XF, down_EFD, sizes_E))[jnp.argsort(order_X)]
   y_BTKD = y_XD.reshape(B, T, K, D)
   return jnp.einsum("BTKD,BTK->BTD", y_BTKD, weight_BTK.astype(y_BTKD.dtype))
