@@ -267,6 +267,7 @@ def _measure(
   else:
     total, batches = None, collate.streamed_batches(data.examples, rows)
   with Progress("evaluate", total, "tokens") as progress:
+    progress.begin("compiles the models")
     for own in batches:
       batch = collate.to_device(own, rows)
       outputs = {n: forward[n](m.model, batch.inputs)[0] for n, m in models.items()}

@@ -145,6 +145,8 @@ def record(
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     if total:
       progress = stack.enter_context(Progress(work or verb, total))
+      if teacher:
+        progress.begin("waits for the teacher")
     for part in parts:
       if part.missing:
         _write_on_all_processes(verb, part, teacher, progress)

@@ -60,6 +60,14 @@ class Progress:
     self._lines = collections.deque([(self._start, self.done)], maxlen=WINDOW)
     return self
 
+  def begin(self, doing: str) -> None:
+    """Prints a line before the first unit, e.g. `train  0/64 steps  0%  compiles the step`.
+
+    Args:
+      doing: The work that comes first and may take minutes.
+    """
+    self._print(doing)
+
   def add(self, n: int, **numbers: Any) -> None:
     """Counts `n` units as done.
 
@@ -78,7 +86,7 @@ class Progress:
     rate = (self.done - before) / (now - then) if now > then else 0.0
     rest = -1 if self.total is None else self.total - self.done
     left = _duration(rest / rate) if rate and rest >= 0 else "unknown"
-    self._print(rate, f"left {left}")
+    self._print(f"{_number(rate)} {self.unit}/s", f"left {left}")
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     took = self._clock() - self._start
@@ -88,22 +96,22 @@ class Progress:
     if is_first and kind is None and self._brief and took < self.every:
       return
     rate = (self.done - self._start_at) / took if took else 0.0
-    self._print(rate, f"{'stopped after' if kind else 'took'} {_duration(took)}")
+    took_part = f"{'stopped after' if kind else 'took'} {_duration(took)}"
+    self._print(f"{_number(rate)} {self.unit}/s", took_part)
 
-  def _print(self, rate: float, time_part: str) -> None:
+  def _print(self, *parts: str) -> None:
     if not self.shown:
       return
     of = "" if self.total is None else f"/{self.total:,}"
     share = f"{100 * self.done // self.total}%" if self.total else "100%"
-    parts = [
+    line = [
       self.verb,
       f"{self.done:,}{of} {self.unit}",
       *([share] if of else []),
-      f"{_number(rate)} {self.unit}/s",
-      time_part,
+      *parts,
       *(f"{name} {_number(value)}" for name, value in self._numbers.items()),
     ]
-    print("  ".join(parts), file=self._file or sys.stderr, flush=True)
+    print("  ".join(line), file=self._file or sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -58,6 +58,7 @@ class Log:
       self._progress = stack.enter_context(
         Progress("train", self._steps, "steps", start=self._start)
       )
+      self._progress.begin("compiles the step")
       self._writer = None
       if distributed.is_process_0():
         self._writer = stack.enter_context(MetricsWriter(self._workdir, purge_step=self._start))

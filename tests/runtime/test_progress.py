@@ -40,6 +40,18 @@ def test_lines_match_examples(clock):
   ]
 
 
+def test_a_line_can_come_before_the_first_unit(clock):
+  out = io.StringIO()
+  with Progress("train", 64, "steps", start=16, file=out, clock=clock) as p:
+    p.begin("compiles the step")
+    clock.now += 4.0
+    p.add(48)
+  assert lines(out) == [
+    "train  16/64 steps  25%  compiles the step",
+    "train  64/64 steps  100%  12 steps/s  took 0m04s",
+  ]
+
+
 def test_the_rate_is_that_of_recent_lines(clock):
   out = io.StringIO()
   with Progress("train", 10_000, "steps", file=out, clock=clock) as p:
