@@ -113,7 +113,7 @@ class StepClock:
       "cpu_seconds": statistics.median(self._cpu[self._warmup :]),
       "tokens_per_second": tokens / wall,
       "peak_bytes": max(self._first_peak, peak_bytes()),
-      "compile_seconds": self._wall[0] - wall,
+      "compile_seconds": max(self._wall[0] - wall, 0.0),
       "versions": {name: metadata.version(name) for name in packages},
     }
     print(json.dumps(figures), flush=True)

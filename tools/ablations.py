@@ -1,0 +1,247 @@
+"""Compares students of the demo that differ in one setting: targets, loss, size or amount of text.
+
+  nice python tools/ablations.py runs/ablations [--tables=targets,losses,text,size] [--seeds=0,1,2]
+
+The teacher, the text and the losses are those of configs/demo.py, on half of its text: 16 sequences
+of 512 tokens, read twice. A step has one sequence. Students that learn from the teacher have one
+learning rate, students of labels another; both are those of the demo. All are compared on 8
+sequences of held-out topics, from all logits. `online` has the teacher in the training step, so
+that its targets are the teacher's whole distribution. Each seed has separate records; it chooses
+their samples, and the order of the sequences. The tables are
+
+  targets  labels, records with N points, the top 10, and the teacher in the step
+  losses   temperatures, weights and divergences, with the teacher in the step
+  text     labels on two and four times the text, against records
+  size     students of 6, 12 and 20 layers, from labels and from records
+
+`share` is the mean over seeds of the gain over `hard` in KL divergence, over the same of `online`.
+Commands that are finished do nothing when the script runs again, and the tables are printed from
+the folder. A plot of each table is in FOLDER/TABLE.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import seed_plot
+from experiments import ROOT, run_command
+
+from distill_jax.records import describe, store
+
+CONFIG = ROOT / "configs" / "demo.py"
+SEQUENCES, PASSES, HELDOUT = 16, 2, 8
+RATES = {"hard": 3e-4, "distilled": 6e-4}
+TEACHER_LAYERS = 30
+ONLINE = "--config.train.online=True"
+SAMPLED = {n: ("--config.records.kind=sampled", f"--config.records.n={n}") for n in (8, 63, 255)}
+TOP = ("--config.records.kind=topk", "--config.records.n=10")
+TEXT = ("--config.records.kind=text",)
+
+
+class Variant(NamedTuple):
+  """A kind of student.
+
+  Attributes:
+    student: The student of configs/demo.py, "hard" or "distilled".
+    records: The flags of its records.
+    flags: The flags of training.
+    layers: The number of layers; None for those of the demo.
+    times: The amount of text, in units of SEQUENCES.
+  """
+
+  student: str = "distilled"
+  records: tuple[str, ...] = TEXT
+  flags: tuple[str, ...] = (ONLINE,)
+  layers: int | None = None
+  times: int = 1
+
+
+def soft(**options: object) -> Variant:
+  """Returns the student with the teacher in the step and other options of the soft-label loss."""
+  flags = (f"--config.losses.soft.{key}={value}" for key, value in options.items())
+  return Variant(flags=(ONLINE, *flags))
+
+
+def weighted(weight: float) -> Variant:
+  """Returns the student with the teacher in the step and another weight of the teacher."""
+  flags = (f"--config.losses.soft.weight={weight}", f"--config.losses.hard.weight={1 - weight}")
+  return Variant(flags=(ONLINE, *flags))
+
+
+VARIANTS = {
+  "hard": Variant("hard", flags=()),
+  "points-8": Variant(records=SAMPLED[8], flags=()),
+  "points-63": Variant(records=SAMPLED[63], flags=()),
+  "points-255": Variant(records=SAMPLED[255], flags=()),
+  "top-10": Variant(records=TOP, flags=()),
+  "online": Variant(),
+  "temperature-2": soft(temperature=2.0),
+  "temperature-4": soft(temperature=4.0),
+  "weight-0.5": weighted(0.5),
+  "weight-1": weighted(1.0),
+  "reverse-kl": soft(divergence="reverse_kl"),
+  "jensen-shannon": soft(divergence="jensen_shannon"),
+  "hard-text-2": Variant("hard", flags=(), times=2),
+  "hard-text-4": Variant("hard", flags=(), times=4),
+  "hard-layers-6": Variant("hard", flags=(), layers=6),
+  "points-63-layers-6": Variant(records=SAMPLED[63], flags=(), layers=6),
+  "hard-layers-20": Variant("hard", flags=(), layers=20),
+  "points-63-layers-20": Variant(records=SAMPLED[63], flags=(), layers=20),
+}
+TABLES = {
+  "targets": ("hard", "points-8", "points-63", "points-255", "top-10", "online"),
+  "losses": (
+    "hard",
+    "online",
+    "temperature-2",
+    "temperature-4",
+    "weight-0.5",
+    "weight-1",
+    "reverse-kl",
+    "jensen-shannon",
+  ),
+  "text": ("hard", "hard-text-2", "hard-text-4", "points-63"),
+  "size": (
+    "hard-layers-6",
+    "points-63-layers-6",
+    "hard",
+    "points-63",
+    "hard-layers-20",
+    "points-63-layers-20",
+  ),
+}
+COLUMNS = "bytes per token | KL, mean | of each seed | cross-entropy | same top token | share"
+
+
+def shared_flags(variant: Variant, seed: int) -> tuple[str, ...]:
+  """Returns the flags that `record` and `train` share."""
+  flags = (f"--config.seed={seed}", f"--config.data.sequences={SEQUENCES * variant.times}")
+  if variant.layers is None:
+    return flags
+  first = variant.layers // 4  # as in the demo
+  kept = (*range(first), *range(TEACHER_LAYERS - (variant.layers - first), TEACHER_LAYERS))
+  return (*flags, f"--config.student.keep_layers={kept}")
+
+
+def records_of(variant: Variant, seed: int) -> str:
+  """Returns the name of the folder of a student's records."""
+  values = "-".join(flag.rpartition("=")[2] for flag in variant.records)
+  return f"records/{values}-{SEQUENCES * variant.times}-{seed}"
+
+
+def train(folder: Path, name: str, seed: int) -> None:
+  """Makes the records and the student of a variant and a seed if they are missing."""
+  variant, log = VARIANTS[name], folder / "log.txt"
+  config, records = f"{CONFIG}:{variant.student}", records_of(variant, seed)
+  shared = shared_flags(variant, seed)
+
+  def command(verb: str, workdir: str, *flags: str) -> None:
+    line = (f"--workdir={workdir}", *shared, *flags)
+    run_command(verb, config, *line, folder=folder, log=log)
+
+  if not (folder / records).exists():
+    command("record", records, *variant.records)
+  command(
+    "train",
+    f"{name}-{seed}",
+    *variant.flags,
+    f'--config.train.records=("{records}",)',
+    "--config.train.heldout=()",
+    "--config.train.batch_size=1",
+    f"--config.train.steps={PASSES * SEQUENCES * variant.times}",
+    f"--config.optim.peak_lr={RATES[variant.student]}",
+  )
+  print(f"{name}-{seed} is trained.", flush=True)
+
+
+def evaluate(folder: Path, table: str, students: list[str]) -> dict[str, dict[str, float]]:
+  """Returns the figures of the students of a table, by name."""
+  workdir = folder / "evaluation" / table
+  found = workdir / "evaluation.json"
+  if not found.exists() or not set(students) <= json.loads(found.read_text())["models"].keys():
+    shutil.rmtree(workdir, ignore_errors=True)
+    models = {name: f"run:{name}" for name in students}
+    flags = (
+      f"--workdir={workdir}",
+      f"--config.evaluate.models={models}",
+      f"--config.evaluate.sequences={HELDOUT}",
+      "--config.evaluate.examples=0",
+    )
+    run_command("evaluate", str(CONFIG), *flags, folder=folder, log=folder / "log.txt")
+  return json.loads(found.read_text())["models"]
+
+
+def markdown(
+  models: dict[str, dict[str, float]], names: tuple[str, ...], seeds: list[int], sizes: list[str]
+) -> str:
+  """Returns a table in Markdown.
+
+  Args:
+    models: The figures of each student, by "NAME-SEED".
+    names: The variants.
+    seeds: The seeds.
+    sizes: The bytes per token of the records of each variant.
+  """
+
+  def mean(name: str, key: str) -> float:
+    return statistics.mean(models[f"{name}-{seed}"][key] for seed in seeds)
+
+  lines = [f"| student | {COLUMNS} |", "|" + "---|" * 7]
+  for name, size in zip(names, sizes, strict=True):
+    each = ", ".join(f"{models[f'{name}-{seed}']['kl']:.3f}" for seed in seeds)
+    share = ""
+    if {"hard", "online"} <= set(names):
+      gain = mean("hard", "kl") - mean(name, "kl")
+      share = f"{gain / (mean('hard', 'kl') - mean('online', 'kl')):.1%}"
+    kl, ce, same = (mean(name, key) for key in ("kl", "ce", "agreement"))
+    lines.append(f"| {name} | {size} | {kl:.3f} | {each} | {ce:.3f} | {same:.1%} | {share} |")
+  return "\n".join(lines)
+
+
+def bytes_per_token(folder: Path, variant: Variant, seeds: list[int]) -> str:
+  """Returns the mean size of a token in the records of a variant; "" if it does not read them.
+
+  Files are larger, because array_record fills them up to a multiple of 64 KiB.
+  """
+  if variant.records == TEXT:
+    return ""
+  sizes = [payload_per_token(folder / records_of(variant, seed)) for seed in seeds]
+  return f"{statistics.mean(sizes):.1f}"
+
+
+def payload_per_token(folder: Path) -> float:
+  """Returns the bytes of records per token of a store."""
+  sizes = describe.describe(store.open_store(folder))
+  return sizes["bytes_per_token"] - sizes["container"]
+
+
+def main() -> None:
+  """Makes the students that are missing, and prints the table of their evaluation with a plot."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("folder", type=Path)
+  parser.add_argument("--tables", default=",".join(TABLES))
+  parser.add_argument("--seeds", default="0,1,2")
+  args = parser.parse_args()
+  folder = args.folder.resolve()
+  folder.mkdir(parents=True, exist_ok=True)
+  seeds = [int(seed) for seed in args.seeds.split(",")]
+  for table in args.tables.split(","):
+    names = TABLES[table]
+    for seed in seeds:
+      for name in names:
+        train(folder, name, seed)
+    models = evaluate(folder, table, [f"{name}-{seed}" for name in names for seed in seeds])
+    sizes = [bytes_per_token(folder, VARIANTS[name], seeds) for name in names]
+    print(f"\n{table}\n\n{markdown(models, names, seeds, sizes)}\n", flush=True)
+    kl = {name: [models[f"{name}-{seed}"]["kl"] for seed in seeds] for name in names}
+    plot = seed_plot.svg("KL divergence to the teacher, nats per token", kl)
+    (folder / f"{table}.svg").write_text(plot)
+
+
+if __name__ == "__main__":
+  main()
