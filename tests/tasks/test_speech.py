@@ -59,6 +59,7 @@ def configured(folder):
   return c
 
 
+@pytest.mark.slow
 def test_from_record_to_export(tmp_path, capsys):
   """The exported model has the same cross-entropy in transformers, with its feature extractor."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
