@@ -226,7 +226,6 @@ def folder(base):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   shutil.copytree(folder / "whole", folder / "stopped")
   shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
