@@ -86,7 +86,13 @@ def main() -> None:
     parser.error(f"--devices is {args.devices}; expected at least 0. Correct it.")
   env = {}
   if args.devices:
-    env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
+    env = {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(args.devices),
+      # A collective blocks a thread per device until the others arrive, and a device has up to four
+      # workers. With fewer threads, a step can wait for itself.
+      "PJRT_NPROC": str(max(4 * args.devices, os.cpu_count() or 1)),
+    }
   lines = commands(args.processes, free_port(), args.verb)
   if args.dry_run:
     for line in lines:

@@ -235,3 +235,4 @@ def test_dry_run_prints_what_would_run():
   )
   assert len(output.splitlines()) == 2
   assert "JAX_NUM_CPU_DEVICES=2" in output and "'--x=$(rm a)'" in output
+  assert int(re.search(r" PJRT_NPROC=(\d+) ", output)[1]) >= 4 * 2
