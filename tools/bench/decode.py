@@ -16,15 +16,18 @@ line is a JSON object.
 The wall times are only valid on an idle machine: with other work, the threads of torch wait for
 each other, and its speed can fall to a tenth. `load_before` is the load average at the start. On a
 busy machine, run the script on one core (`taskset -c 1`) and compare the CPU time: torch then has a
-single thread, which cannot wait for others. Measured on two cores that other programs kept busy,
-all tokens equal:
+single thread, which cannot wait for others. Measured with --rounds=1, all tokens equal; the load is
+that of other programs, and on idle cores three runs gave what stands there:
 
-  cores  options                 load  speedup  in CPU time
-  one    --rounds=1 --new=32        6     1.61         1.17
-  one    --rounds=1 --new=32       13     1.03         1.08
-  two    --rounds=1 --new=64        8     6.81         5.86
+  cores  options          load           speedup       in CPU time
+  two                        0  1.09, 0.99, 1.01  1.25, 1.14, 1.17
+  two    --prompts=48        0              0.78              0.91
+  one    --new=32            6              1.61              1.17
+  one    --new=32           13              1.03              1.08
+  two                        8              6.81              5.86
 
-So the ratio is that of torch's waiting threads, and 1.1 without them. Products bound it: both sides
+So the ratio is that of torch's waiting threads, and 1.1 without them. With 48 prompts of equal
+length, half of our 32 rows are empty in the second half, where transformers makes a batch of 16. Products bound it: both sides
 multiply equally fast (about 50 GFLOPS a core with 32 rows, in MKL as in XLA), and products are 115
 of the 160 ms of thread time of our step with 128 slots. The ratio used to depend on `--cache_len`,
 too, because a step read the whole cache: in CPU time, a step of 32 rows at position 100 took 350
