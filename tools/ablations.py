@@ -81,8 +81,8 @@ VARIANTS = {
   "top-10": Variant(records=TOP, flags=()),
   "online": Variant(),
   "temperature-2": soft(temperature=2.0),
-  "weight-0.5": weighted(0.5),
-  "weight-1": weighted(1.0),
+  "weight-50": weighted(0.5),
+  "weight-100": weighted(1.0),
   "reverse-kl": soft(divergence="reverse_kl"),
   "jensen-shannon": soft(divergence="jensen_shannon"),
   "hard-text-2": Variant("hard", flags=(), times=2),
@@ -98,8 +98,8 @@ TABLES = {
     "hard",
     "online",
     "temperature-2",
-    "weight-0.5",
-    "weight-1",
+    "weight-50",
+    "weight-100",
     "reverse-kl",
     "jensen-shannon",
   ),
@@ -113,6 +113,7 @@ TABLES = {
     "points-63-layers-20",
   ),
 }
+Figures = dict[str, float]
 COLUMNS = "bytes per token | KL, mean | of each seed | cross-entropy | same top token | share"
 
 
@@ -157,13 +158,16 @@ def train(folder: Path, name: str, seed: int) -> None:
   print(f"{name}-{seed} is trained.", flush=True)
 
 
-def evaluate(folder: Path, table: str, students: list[str]) -> dict[str, dict[str, float]]:
-  """Returns the figures of the students of a table, by name."""
-  workdir = folder / "evaluation" / table
-  found = workdir / "evaluation.json"
+def evaluate(folder: Path, table: str, names: tuple[str, ...], seed: int) -> dict[str, Figures]:
+  """Returns the figures of the students of a table and a seed, by "NAME-SEED".
+
+  All models of a seed are in memory together, which takes 0.5 GB each.
+  """
+  workdir = folder / "evaluation" / f"{table}-{seed}"
+  found, students = workdir / "evaluation.json", [f"{name}-{seed}" for name in names]
   if not found.exists() or not set(students) <= json.loads(found.read_text())["models"].keys():
     shutil.rmtree(workdir, ignore_errors=True)
-    models = {name: f"run:{name}" for name in students}
+    models = {student: f"run:{student}" for student in students}
     flags = (
       f"--workdir={workdir}",
       f"--config.evaluate.models={models}",
@@ -175,7 +179,7 @@ def evaluate(folder: Path, table: str, students: list[str]) -> dict[str, dict[st
 
 
 def markdown(
-  models: dict[str, dict[str, float]], names: tuple[str, ...], seeds: list[int], sizes: list[str]
+  models: dict[str, Figures], names: tuple[str, ...], seeds: list[int], sizes: list[str]
 ) -> str:
   """Returns a table in Markdown.
 
@@ -233,7 +237,9 @@ def main() -> None:
     for seed in seeds:
       for name in names:
         train(folder, name, seed)
-    models = evaluate(folder, table, [f"{name}-{seed}" for name in names for seed in seeds])
+    models: dict[str, Figures] = {}
+    for seed in seeds:
+      models |= evaluate(folder, table, names, seed)
     sizes = [bytes_per_token(folder, VARIANTS[name], seeds) for name in names]
     print(f"\n{table}\n\n{markdown(models, names, seeds, sizes)}\n", flush=True)
     kl = {name: [models[f"{name}-{seed}"]["kl"] for seed in seeds] for name in names}

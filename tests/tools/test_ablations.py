@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import ablations
 import pytest
@@ -11,7 +12,8 @@ import tiny_store
 from distill_jax import cli
 
 
-def test_every_variant_is_in_a_table():
+def test_every_variant_is_in_a_table_and_can_be_a_key_of_the_config():
+  assert all("." not in name for name in ablations.VARIANTS)
   assert {name for names in ablations.TABLES.values() for name in names} == set(ablations.VARIANTS)
 
 
@@ -65,19 +67,18 @@ def test_a_finished_evaluation_is_made_again_if_it_lacks_a_student(tmp_path, mon
   calls = []
 
   def run(verb, name, *given, folder, log):
-    text = next(flag for flag in given if "evaluate.models" in flag)
-    students = re.findall(r"'(\w+-\d)':", text)
+    workdir = Path(next(flag for flag in given if "workdir" in flag).partition("=")[2])
+    students = re.findall(r"'([\w-]+)':", next(flag for flag in given if "models" in flag))
     calls.append(students)
-    (tmp_path / "evaluation" / "text").mkdir(parents=True)
+    workdir.mkdir(parents=True)
     models = {student: {"kl": 1.0} for student in students}
-    (tmp_path / "evaluation" / "text" / "evaluation.json").write_text(
-      json.dumps({"models": models})
-    )
+    (workdir / "evaluation.json").write_text(json.dumps({"models": models}))
 
   monkeypatch.setattr(ablations, "run_command", run)
-  for students in (["hard-0"], ["hard-0"], ["hard-0", "hard-1"]):
-    assert ablations.evaluate(tmp_path, "text", students).keys() == set(students)
-  assert calls == [["hard-0"], ["hard-0", "hard-1"]]
+  for names in (("hard",), ("hard",), ("hard", "online")):
+    found = ablations.evaluate(tmp_path, "text", names, 2)
+    assert found.keys() == {f"{name}-2" for name in names}
+  assert calls == [["hard-2"], ["hard-2", "online-2"]]
 
 
 def test_the_payload_is_that_of_the_shards(tmp_path):

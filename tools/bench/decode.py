@@ -27,12 +27,12 @@ that of other programs, and on idle cores three runs gave what stands there:
   two                        8              6.81              5.86
 
 So the ratio is that of torch's waiting threads, and 1.1 without them. With 48 prompts of equal
-length, half of our 32 rows are empty in the second half, where transformers makes a batch of 16. Products bound it: both sides
-multiply equally fast (about 50 GFLOPS a core with 32 rows, in MKL as in XLA), and products are 115
-of the 160 ms of thread time of our step with 128 slots. The ratio used to depend on `--cache_len`,
-too, because a step read the whole cache: in CPU time, a step of 32 rows at position 100 took 350
-and 374 ms with 1,024 slots. A step that reads the blocks in use takes 171 ms with 1,024 slots and
-161 ms with 128.
+length, half of our 32 rows are empty in the second half, where transformers makes a batch of 16.
+Products bound it: both sides multiply equally fast (about 50 GFLOPS a core with 32 rows, in MKL as
+in XLA), and products are 115 of the 160 ms of thread time of our step with 128 slots. The ratio
+used to depend on `--cache_len`, too, because a step read the whole cache: in CPU time, a step of 32
+rows at position 100 took 350 and 374 ms with 1,024 slots. A step that reads the blocks in use takes
+171 ms with 1,024 slots and 161 ms with 128.
 """
 
 from __future__ import annotations
