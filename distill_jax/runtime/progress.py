@@ -64,7 +64,7 @@ class Progress:
     """Prints a line before the first unit, e.g. `train  0/64 steps  0%  compiles the step`.
 
     Args:
-      doing: The work that comes first and may take minutes.
+      doing: The work before the first unit, which may take minutes.
     """
     self._print(doing)
 
