@@ -41,6 +41,7 @@ def dense(row, t):
   return found
 
 
+@pytest.mark.slow
 def test_record_and_train(tiny_run, tmp_path):
   c = spread(tiny_run)
   record(c, tmp_path / "records")

@@ -100,6 +100,7 @@ def test_no_weights_are_gathered_in_a_step():
   check_compiled(compiled_bytes(sharding.make_mesh(fsdp=2, tensor=2), SIZE), gathers=1 / STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_no_weights_are_gathered_in_a_step_on_tpus():
   script = """if True:

@@ -71,7 +71,8 @@ def expected(tmp_path):
   return {p.name: p.read_bytes() for p in (tmp_path / "expected").iterdir()}
 
 
-@pytest.mark.parametrize("object_store", ["s3", slow.param("gcs")], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("object_store", ["s3", "gcs"], indirect=True)
 def test_two_processes_export_from_a_store_to_it(object_store, tmp_path, expected):
   finish(start(object_store, tmp_path, "save"))
   port = free_port()

@@ -106,6 +106,7 @@ def test_a_busy_store_and_lost_connections_do_not_change_the_store(whole, s3_url
   assert len(store.open_store(s3_url)) == 10
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_down_ends_the_run_and_keeps_finished_shards(
   whole, s3_url, s3, monkeypatch
 ):

@@ -37,6 +37,7 @@ def programs(workdir):
   return {p.name for p in workdir.glob(f"{compile_cache.FOLDER}/*/*-cache")}
 
 
+@pytest.mark.slow
 def test_a_start_on_another_machine_compiles_nothing_again(tiny_run, tmp_path):
   """The workdir without its checkpoints, as at the start; then a resumed run."""
   changes = "c.train.steps, c.evaluate.batch_size = 2, 4"

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import slow
 
 SCRIPT = """
 import sys
@@ -36,7 +35,8 @@ def run(store, tmp_path, verb):
   return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("object_store", ["s3", slow.param("gcs")], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("object_store", ["s3", "gcs"], indirect=True)
 def test_a_checkpoint_is_saved_and_restored_by_another_machine(object_store, tmp_path):
   saved = run(object_store, tmp_path, "save")
   assert saved.returncode == 0, saved.stderr

@@ -63,6 +63,7 @@ def test_a_row_holds_the_prompt_the_patches_and_the_text(c):
   assert tokenizer.decode(read[first - 1 : first + 1]) == " b"
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_from_records(c, tmp_path):
   c.student.train, c.student.frozen = "frozen", ("vision_tower.",)
   resolved = config.resolve(c)

@@ -45,6 +45,9 @@ class Silent:
   def __exit__(self, *_):
     pass
 
+  def begin(self, doing):
+    pass
+
   def add(self, *_, **__):
     pass
 
