@@ -86,7 +86,7 @@ class Progress:
     rate = (self.done - before) / (now - then) if now > then else 0.0
     rest = -1 if self.total is None else self.total - self.done
     left = _duration(rest / rate) if rate and rest >= 0 else "unknown"
-    self._print(f"{_number(rate)} {self.unit}/s", f"left {left}")
+    self._print_rate(rate, f"left {left}")
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     took = self._clock() - self._start
@@ -96,8 +96,10 @@ class Progress:
     if is_first and kind is None and self._brief and took < self.every:
       return
     rate = (self.done - self._start_at) / took if took else 0.0
-    took_part = f"{'stopped after' if kind else 'took'} {_duration(took)}"
-    self._print(f"{_number(rate)} {self.unit}/s", took_part)
+    self._print_rate(rate, f"{'stopped after' if kind else 'took'} {_duration(took)}")
+
+  def _print_rate(self, rate: float, time_part: str) -> None:
+    self._print(f"{_number(rate)} {self.unit}/s", time_part)
 
   def _print(self, *parts: str) -> None:
     if not self.shown:
