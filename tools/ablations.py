@@ -3,11 +3,11 @@
   nice python tools/ablations.py runs/ablations [--tables=targets,losses,text,size] [--seeds=0,1,2]
 
 The teacher, the text and the losses are those of configs/demo.py, on half of its text: 16 sequences
-of 512 tokens, read twice. A step has one sequence. Students that learn from the teacher have one
-learning rate, students of labels another; both are those of the demo. All are compared on 8
-sequences of held-out topics, from all logits. `online` has the teacher in the training step, so
-that its targets are the teacher's whole distribution. Each seed has separate records; it chooses
-their samples, and the order of the sequences. The tables are
+of 512 tokens, read twice. A step has one sequence. Students of labels have the demo's learning
+rate; students that learn from the teacher have a lower one than in the demo, whose steps are twice
+as large. All are compared on 8 sequences of held-out topics, from all logits. `online` has the
+teacher in the training step, so that its targets are the teacher's whole distribution. Each seed
+has separate records; it chooses their samples, and the order of the sequences. The tables are
 
   targets  labels, records with N points, the top 10, and the teacher in the step
   losses   temperatures, weights and divergences, with the teacher in the step
@@ -15,27 +15,30 @@ their samples, and the order of the sequences. The tables are
   size     students of 6, 12 and 20 layers, from labels and from records
 
 `share` is the mean over seeds of the gain over `hard` in KL divergence, over the same of `online`.
-Commands that are finished do nothing when the script runs again, and the tables are printed from
-the folder. A plot of each table is in FOLDER/TABLE.svg.
+A student is trained and evaluated once, and its checkpoints are then deleted, because each has 0.3
+to 1.2 GB. Results are in FOLDER/results.jsonl, from which the tables are printed, and a plot of
+each table is in FOLDER/TABLE.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import seed_plot
-from experiments import ROOT, run_command
+from experiments import ROOT, Results, once, run_command
 
 from distill_jax.records import describe, store
 
 CONFIG = ROOT / "configs" / "demo.py"
 SEQUENCES, PASSES, HELDOUT = 16, 2, 8
-RATES = {"hard": 3e-4, "distilled": 6e-4}
+RATES = {"hard": 3e-4, "distilled": 6e-4}  # in the demo 3e-4 and 1e-3, for steps of 1,024 tokens
 TEACHER_LAYERS = 30
 ONLINE = "--config.train.online=True"
 SAMPLED = {n: ("--config.records.kind=sampled", f"--config.records.n={n}") for n in (8, 63, 255)}
@@ -56,41 +59,34 @@ class Variant(NamedTuple):
 
   student: str = "distilled"
   records: tuple[str, ...] = TEXT
-  flags: tuple[str, ...] = (ONLINE,)
+  flags: tuple[str, ...] = ()
   layers: int | None = None
   times: int = 1
 
 
-def soft(**options: object) -> Variant:
-  """Returns the student with the teacher in the step and other options of the soft-label loss."""
-  flags = (f"--config.losses.soft.{key}={value}" for key, value in options.items())
-  return Variant(flags=(ONLINE, *flags))
-
-
-def weighted(weight: float) -> Variant:
-  """Returns the student with the teacher in the step and another weight of the teacher."""
-  flags = (f"--config.losses.soft.weight={weight}", f"--config.losses.hard.weight={1 - weight}")
-  return Variant(flags=(ONLINE, *flags))
+def online(*keys: str) -> Variant:
+  """Returns a student with the teacher in the step, and config keys, each as KEY=VALUE."""
+  return Variant(flags=(ONLINE, *(f"--config.{key}" for key in keys)))
 
 
 VARIANTS = {
-  "hard": Variant("hard", flags=()),
-  "points-8": Variant(records=SAMPLED[8], flags=()),
-  "points-63": Variant(records=SAMPLED[63], flags=()),
-  "points-255": Variant(records=SAMPLED[255], flags=()),
-  "top-10": Variant(records=TOP, flags=()),
-  "online": Variant(),
-  "temperature-2": soft(temperature=2.0),
-  "weight-50": weighted(0.5),
-  "weight-100": weighted(1.0),
-  "reverse-kl": soft(divergence="reverse_kl"),
-  "jensen-shannon": soft(divergence="jensen_shannon"),
-  "hard-text-2": Variant("hard", flags=(), times=2),
-  "hard-text-4": Variant("hard", flags=(), times=4),
-  "hard-layers-6": Variant("hard", flags=(), layers=6),
-  "points-63-layers-6": Variant(records=SAMPLED[63], flags=(), layers=6),
-  "hard-layers-20": Variant("hard", flags=(), layers=20),
-  "points-63-layers-20": Variant(records=SAMPLED[63], flags=(), layers=20),
+  "hard": Variant("hard"),
+  "points-8": Variant(records=SAMPLED[8]),
+  "points-63": Variant(records=SAMPLED[63]),
+  "points-255": Variant(records=SAMPLED[255]),
+  "top-10": Variant(records=TOP),
+  "online": online(),
+  "temperature-2": online("losses.soft.temperature=2.0"),
+  "weight-50": online("losses.soft.weight=0.5", "losses.hard.weight=0.5"),
+  "weight-100": online("losses.soft.weight=1.0", "losses.hard.weight=0.0"),
+  "reverse-kl": online("losses.soft.divergence=reverse_kl"),
+  "jensen-shannon": online("losses.soft.divergence=jensen_shannon"),
+  "hard-text-2": Variant("hard", times=2),
+  "hard-text-4": Variant("hard", times=4),
+  "hard-layers-6": Variant("hard", layers=6),
+  "points-63-layers-6": Variant(records=SAMPLED[63], layers=6),
+  "hard-layers-20": Variant("hard", layers=20),
+  "points-63-layers-20": Variant(records=SAMPLED[63], layers=20),
 }
 TABLES = {
   "targets": ("hard", "points-8", "points-63", "points-255", "top-10", "online"),
@@ -113,7 +109,7 @@ TABLES = {
     "points-63-layers-20",
   ),
 }
-Figures = dict[str, float]
+FIGURES = ("kl", "ce", "agreement")
 COLUMNS = "bytes per token | KL, mean | of each seed | cross-entropy | same top token | share"
 
 
@@ -143,8 +139,8 @@ def train(folder: Path, name: str, seed: int) -> None:
     line = (f"--workdir={workdir}", *shared, *flags)
     run_command(verb, config, *line, folder=folder, log=log)
 
-  if not (folder / records).exists():
-    command("record", records, *variant.records)
+  make_records = functools.partial(command, "record", records, *variant.records)
+  once(folder / f"{records}.finished", make_records)
   command(
     "train",
     f"{name}-{seed}",
@@ -158,49 +154,58 @@ def train(folder: Path, name: str, seed: int) -> None:
   print(f"{name}-{seed} is trained.", flush=True)
 
 
-def evaluate(folder: Path, table: str, names: tuple[str, ...], seed: int) -> dict[str, Figures]:
-  """Returns the figures of the students of a table and a seed, by "NAME-SEED".
+def evaluate(folder: Path, students: list[str]) -> dict[str, dict[str, float]]:
+  """Returns the figures of students by name. All are in memory together, with 0.5 GB each."""
+  workdir = folder / "evaluation"
+  shutil.rmtree(workdir, ignore_errors=True)  # of other students
+  models = {student: f"run:{student}" for student in students}
+  flags = (
+    f"--workdir={workdir}",
+    f"--config.evaluate.models={models}",
+    f"--config.evaluate.sequences={HELDOUT}",
+    "--config.evaluate.examples=0",
+  )
+  run_command("evaluate", str(CONFIG), *flags, folder=folder, log=folder / "log.txt")
+  return json.loads((workdir / "evaluation.json").read_text())["models"]
 
-  All models of a seed are in memory together, which takes 0.5 GB each.
-  """
-  workdir = folder / "evaluation" / f"{table}-{seed}"
-  found, students = workdir / "evaluation.json", [f"{name}-{seed}" for name in names]
-  if not found.exists() or not set(students) <= json.loads(found.read_text())["models"].keys():
-    shutil.rmtree(workdir, ignore_errors=True)
-    models = {student: f"run:{student}" for student in students}
-    flags = (
-      f"--workdir={workdir}",
-      f"--config.evaluate.models={models}",
-      f"--config.evaluate.sequences={HELDOUT}",
-      "--config.evaluate.examples=0",
-    )
-    run_command("evaluate", str(CONFIG), *flags, folder=folder, log=folder / "log.txt")
-  return json.loads(found.read_text())["models"]
+
+def measure(folder: Path, results: Results, names: Sequence[str], seed: int) -> None:
+  """Trains and evaluates the students of a seed that have no results yet."""
+  missing = [name for name in names if (name, seed) not in results.done]
+  for name in missing:
+    train(folder, name, seed)
+  models = evaluate(folder, [f"{name}-{seed}" for name in missing]) if missing else {}
+  for name in missing:
+    figures = models[f"{name}-{seed}"]
+    results.write(student=name, seed=seed, **{key: figures[key] for key in FIGURES})
+    shutil.rmtree(folder / f"{name}-{seed}" / "checkpoints")
 
 
 def markdown(
-  models: dict[str, Figures], names: tuple[str, ...], seeds: list[int], sizes: list[str]
+  done: Mapping[tuple, Mapping[str, float]],
+  names: Sequence[str],
+  seeds: Sequence[int],
+  sizes: Sequence[str],
 ) -> str:
   """Returns a table in Markdown.
 
   Args:
-    models: The figures of each student, by "NAME-SEED".
+    done: The figures of each student, by variant and seed.
     names: The variants.
     seeds: The seeds.
     sizes: The bytes per token of the records of each variant.
   """
 
   def mean(name: str, key: str) -> float:
-    return statistics.mean(models[f"{name}-{seed}"][key] for seed in seeds)
+    return statistics.mean(done[name, seed][key] for seed in seeds)
 
   lines = [f"| student | {COLUMNS} |", "|" + "---|" * 7]
   for name, size in zip(names, sizes, strict=True):
-    each = ", ".join(f"{models[f'{name}-{seed}']['kl']:.3f}" for seed in seeds)
+    kl, ce, same = (mean(name, key) for key in FIGURES)
+    each = ", ".join(f"{done[name, seed]['kl']:.3f}" for seed in seeds)
     share = ""
     if {"hard", "online"} <= set(names):
-      gain = mean("hard", "kl") - mean(name, "kl")
-      share = f"{gain / (mean('hard', 'kl') - mean('online', 'kl')):.1%}"
-    kl, ce, same = (mean(name, key) for key in ("kl", "ce", "agreement"))
+      share = f"{(mean('hard', 'kl') - kl) / (mean('hard', 'kl') - mean('online', 'kl')):.1%}"
     lines.append(f"| {name} | {size} | {kl:.3f} | {each} | {ce:.3f} | {same:.1%} | {share} |")
   return "\n".join(lines)
 
@@ -230,19 +235,15 @@ def main() -> None:
   parser.add_argument("--seeds", default="0,1,2")
   args = parser.parse_args()
   folder = args.folder.resolve()
-  folder.mkdir(parents=True, exist_ok=True)
+  results = Results(folder, lambda r: (r["student"], r["seed"]))
   seeds = [int(seed) for seed in args.seeds.split(",")]
   for table in args.tables.split(","):
     names = TABLES[table]
     for seed in seeds:
-      for name in names:
-        train(folder, name, seed)
-    models: dict[str, Figures] = {}
-    for seed in seeds:
-      models |= evaluate(folder, table, names, seed)
+      measure(folder, results, names, seed)
     sizes = [bytes_per_token(folder, VARIANTS[name], seeds) for name in names]
-    print(f"\n{table}\n\n{markdown(models, names, seeds, sizes)}\n", flush=True)
-    kl = {name: [models[f"{name}-{seed}"]["kl"] for seed in seeds] for name in names}
+    print(f"\n{table}\n\n{markdown(results.done, names, seeds, sizes)}\n", flush=True)
+    kl = {name: [results.done[name, seed]["kl"] for seed in seeds] for name in names}
     plot = seed_plot.svg("KL divergence to the teacher, nats per token", kl)
     (folder / f"{table}.svg").write_text(plot)
 

@@ -160,21 +160,23 @@ class Evidence:
     flags = (f"--workdir={workdir}", f"--config.seed={seed}", *flags)
     experiments.run_command(verb, f"{CONFIG}:{target}", *flags, folder=place, log=self.log)
 
+  def write_store(self, folder: str, seed: int) -> None:
+    """Writes a store, or the student, that targets need."""
+    root = self.folder / f"seed-{seed}" / RUNS
+    if folder == "shared":
+      write_shared(root, seed)
+    elif folder == "sorted":
+      write_sorted(root)
+    else:
+      self.command(*STORES[folder], seed, RUNS / folder)
+
   def run(self, target: str, rate: float, seed: int) -> float:
     """Returns the bits per byte of one run, which is made unless it is finished."""
     if found := self.results.done.get((target, rate, seed)):
       return found["bits_per_byte"]
     for folder in TARGETS[target]:
       finished = self.folder / f"seed-{seed}" / f"{folder}.finished"
-      if not finished.exists():  # a later version of the code has other config keys
-        root = self.folder / f"seed-{seed}" / RUNS
-        if folder == "shared":
-          write_shared(root, seed)
-        elif folder == "sorted":
-          write_sorted(root)
-        else:
-          self.command(*STORES[folder], seed, RUNS / folder)
-        finished.touch()
+      experiments.once(finished, functools.partial(self.write_store, folder, seed))
     name, begin = RUNS / f"{target}-{rate:g}-{self.results.commit}", time.monotonic()
     self.command("train", target, seed, name, f"--config.optim.peak_lr={rate}")
     seconds, place = time.monotonic() - begin, self.folder / f"seed-{seed}"

@@ -67,6 +67,20 @@ def run_command(verb: str, config: str, *flags: str, folder: Path, log: Path) ->
     subprocess.run(line, cwd=folder, stdout=out, stderr=out, check=True)
 
 
+def once(finished: Path, run: Callable[[], None]) -> None:
+  """Calls `run` unless a call has finished before, with any version of the code.
+
+  The command itself would refuse a folder that was made with other config keys.
+
+  Args:
+    finished: The file that marks a finished call.
+    run: Does the work.
+  """
+  if not finished.exists():
+    run()
+    finished.touch()
+
+
 def first_look(targets: Iterable[str], run: Callable[[str], None], log: Path) -> list[str]:
   """Runs each target once, and returns those whose commands succeed.
 

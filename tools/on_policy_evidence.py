@@ -166,12 +166,13 @@ class Evidence:
     )
 
   def once(self, verb: str, target: str, workdir: str) -> None:
-    """Runs a command unless it has finished before, with any version of the code."""
-    finished = self.folder / f"{workdir}.finished"
-    if not finished.exists():  # a later version of the code has other config keys
+    """Runs a command unless it has finished before."""
+
+    def run() -> None:
       print(f"{verb} {workdir}", flush=True)
       self.command(verb, target, workdir)
-      finished.touch()
+
+    experiments.once(self.folder / f"{workdir}.finished", run)
 
   def prepare(self) -> None:
     """Makes what all runs share: problems, teacher, its answers and its records, and the start."""

@@ -1,11 +1,13 @@
 """tools/ablations.py: its variants, and its tables."""
 
 import json
+import operator
 import re
+import subprocess
 import sys
-from pathlib import Path
 
 import ablations
+import experiments
 import pytest
 import tiny_store
 
@@ -48,37 +50,69 @@ def test_records_are_shared_by_students_with_the_same_text_and_seed():
 
 def test_the_table_has_the_share_of_the_gain_of_a_teacher_in_the_step():
   kl = {"hard": (2.0, 2.1, 1.9), "points-8": (1.6, 1.5, 1.4), "online": (1.0, 1.1, 0.9)}
-  models = {
-    f"{name}-{seed}": {"kl": value, "ce": 2 * value, "agreement": 0.25}
+  done = {
+    (name, seed): {"kl": value, "ce": 2 * value, "agreement": 0.25}
     for name, values in kl.items()
     for seed, value in enumerate(values)
   }
-  lines = ablations.markdown(models, tuple(kl), [0, 1, 2], ["", "25.0", ""]).splitlines()
+  lines = ablations.markdown(done, tuple(kl), [0, 1, 2], ["", "25.0", ""]).splitlines()
   assert lines[2:] == [
     "| hard |  | 2.000 | 2.000, 2.100, 1.900 | 4.000 | 25.0% | 0.0% |",
     "| points-8 | 25.0 | 1.500 | 1.600, 1.500, 1.400 | 3.000 | 25.0% | 50.0% |",
     "| online |  | 1.000 | 1.000, 1.100, 0.900 | 2.000 | 25.0% | 100.0% |",
   ]
-  with pytest.raises(KeyError, match="hard-3"):
-    ablations.markdown(models, ("hard",), [3], [""])
+  with pytest.raises(KeyError, match="'hard', 3"):
+    ablations.markdown(done, ("hard",), [3], [""])
 
 
-def test_a_finished_evaluation_is_made_again_if_it_lacks_a_student(tmp_path, monkeypatch):
+def test_a_student_is_trained_and_evaluated_once_and_its_checkpoints_are_deleted(
+  tmp_path, monkeypatch
+):
   calls = []
 
   def run(verb, name, *given, folder, log):
-    workdir = Path(next(flag for flag in given if "workdir" in flag).partition("=")[2])
-    students = re.findall(r"'([\w-]+)':", next(flag for flag in given if "models" in flag))
-    calls.append(students)
-    workdir.mkdir(parents=True)
-    models = {student: {"kl": 1.0} for student in students}
-    (workdir / "evaluation.json").write_text(json.dumps({"models": models}))
+    workdir = folder / next(flag for flag in given if "workdir" in flag).partition("=")[2]
+    calls.append((verb, workdir.name))
+    (workdir / "checkpoints").mkdir(parents=True)
+    if verb == "evaluate":
+      flag = next(flag for flag in given if "models" in flag)
+      students = re.findall(r"'([\w-]+)':", flag)
+      calls[-1] = verb, *students
+      figures = {"kl": 1.0, "ce": 2.0, "agreement": 0.5, "bytes": 7}
+      models = dict.fromkeys(students, figures)
+      (workdir / "evaluation.json").write_text(json.dumps({"models": models}))
 
   monkeypatch.setattr(ablations, "run_command", run)
+  key_of = operator.itemgetter("student", "seed")
   for names in (("hard",), ("hard",), ("hard", "online")):
-    found = ablations.evaluate(tmp_path, "text", names, 2)
-    assert found.keys() == {f"{name}-2" for name in names}
-  assert calls == [["hard-2"], ["hard-2", "online-2"]]
+    results = experiments.Results(tmp_path, key_of)  # read from the folder
+    ablations.measure(tmp_path, results, names, 2)
+    assert [results.done[name, 2]["kl"] for name in names] == [1.0] * len(names)
+    assert not any(tmp_path.glob("*-2/checkpoints"))
+  assert calls == [
+    ("record", "text-16-2"),
+    ("train", "hard-2"),
+    ("evaluate", "hard-2"),
+    ("train", "online-2"),
+    ("evaluate", "online-2"),
+  ]
+
+
+def test_records_that_were_interrupted_are_completed(tmp_path, monkeypatch):
+  verbs = []
+
+  def run(verb, name, *given, folder, log):
+    verbs.append(verb)
+    (tmp_path / "records" / "text-16-0").mkdir(parents=True, exist_ok=True)
+    if len(verbs) == 1:
+      raise subprocess.CalledProcessError(-9, verb)
+
+  monkeypatch.setattr(ablations, "run_command", run)
+  with pytest.raises(subprocess.CalledProcessError):
+    ablations.train(tmp_path, "hard", 0)
+  for _ in range(2):
+    ablations.train(tmp_path, "hard", 0)
+  assert verbs == ["record", "record", "train", "train"]
 
 
 def test_the_payload_is_that_of_the_shards(tmp_path):
