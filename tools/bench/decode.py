@@ -16,8 +16,8 @@ line is a JSON object.
 The wall times are only valid on an idle machine: with other work, the threads of torch wait for
 each other, and its speed can fall to a tenth. `load_before` is the load average at the start. On a
 busy machine, run the script on one core (`taskset -c 1`) and compare the CPU time: torch then has a
-single thread, which cannot wait for others. Measured with --rounds=1, all tokens equal; the load is
-that of other programs, and on idle cores three runs gave what stands there:
+single thread, which cannot wait for others. The following runs had --rounds=1, and all tokens were
+equal. The load is that of other programs; the first row lists three runs on idle cores:
 
   cores  options          load           speedup       in CPU time
   two                        0  1.09, 0.99, 1.01  1.25, 1.14, 1.17
