@@ -6,13 +6,19 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import slow
 from array_record.python import array_record_module
 from tiny_store import manifest, record, sequence
 
-from distill_jax.records import shard_index, shard_writer, tf_example
+from distill_jax.records import shard_index, shard_writer, store, tf_example
 from distill_jax.records.manifest import Shard, shard_name
+from distill_jax.records.shards import OPEN_SHARDS
+
+
+def short_sequence(i):
+  return {name: x[:4] for name, x in sequence(i).items()}
 
 
 def many_shards(folder, count):
@@ -70,6 +76,25 @@ def test_more_shards_than_files_may_be_open(tmp_path, shards, limit):
   assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_batch_of_short_records_opens_each_shard_once(tmp_path, monkeypatch):
+  shards, each = 2 * OPEN_SHARDS, 3
+  m = manifest(shards * each, seq_len=4)
+  record(tmp_path, m, make=short_sequence)
+  opened, open_shard = [], shard_index.open_shard
+
+  def count(path, *args):
+    opened.append(path.name)
+    return open_shard(path, *args)
+
+  monkeypatch.setattr(shard_index, "open_shard", count)
+  order = np.random.default_rng(0).permutation(shards * each)
+  rows = store.open_store(tmp_path).read_many(list(order))
+  assert len(opened) == len(set(opened)) == shards
+  np.testing.assert_array_equal(
+    [row["tokens_T"] for row in rows], [short_sequence(i)["tokens_T"] for i in order]
+  )
+
+
 EXHAUST = """
   import os
   import resource
@@ -94,8 +119,8 @@ EXHAUST = """
 @pytest.mark.parametrize("has_index", [True, False])
 @pytest.mark.parametrize("seq_len", [4, 32])
 def test_too_many_open_files_is_called_that(tmp_path, seq_len, has_index):
-  m = manifest(10, seq_len=seq_len)
-  record(tmp_path, m, make=lambda i: {name: x[:seq_len] for name, x in sequence(i).items()})
+  make = short_sequence if seq_len == 4 else sequence
+  record(tmp_path, manifest(10, seq_len=seq_len), make=make)
   if not has_index:
     for path in tmp_path.glob("*.index"):
       path.unlink()
