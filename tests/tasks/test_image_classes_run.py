@@ -39,6 +39,14 @@ def run(tmp_path_factory):
   return folder, configured(folder)
 
 
+def test_a_loss_of_targets_is_not_evaluated_on_examples_without_records(run, tmp_path):
+  _, c = run
+  c.train.eval_every = 2
+  expected = "train.eval_every is 2; expected 0 without train.heldout, because losses.soft needs"
+  with Workdir(tmp_path, config.resolve(c)) as student, pytest.raises(InputError, match=expected):
+    loop.train(config.resolve(c), student)
+
+
 def test_an_exported_model_has_the_same_outputs_in_transformers(run, tmp_path):
   folder, c = run
   c.evaluate.models = {"student": f"run:{folder / 'student'}"}
