@@ -8,17 +8,29 @@ then for seeds 0, 1 and 2 (--config.seed=0 …), and with seed 0 for :deit and :
 
   distill-jax train    --config=configs/fashion.py:hard      --workdir=runs/fashion/hard_0
   distill-jax train    --config=configs/fashion.py:distilled --workdir=runs/fashion/distilled_0
-  distill-jax train    --config=configs/fashion.py:few       --workdir=runs/fashion/few_0
   distill-jax evaluate --config=configs/fashion.py           --workdir=runs/fashion
   distill-jax export   --config=configs/fashion.py           --workdir=runs/fashion/distilled_0
 
-`hard` is trained on the 60,000 labels, `few` on 1% of them, and `distilled` on the teacher's
-outputs for all images, without labels. The difference between `few` and `distilled` is the value of
-unlabelled images if there is a teacher; the teacher was trained on all labels. All three are the
-same ViT, trained for the same number of steps on shifted and mirrored images, with four views of
-each image (`few`: 400 views). The teacher is recorded on the same views (arXiv:2106.05237). `deit`
-is a DeiT of the same size, whose distillation token is trained on the teacher. `conv` is a ConvNeXt
-with half of the parameters.
+`hard` is trained on the 60,000 labels, and `distilled` on the teacher's outputs for all images,
+without labels. Both are the same ViT, trained for the same number of steps on shifted and mirrored
+images, with four views of each image. The teacher is recorded on the same views (arXiv:2106.05237).
+`deit` is a DeiT of the same size, whose distillation token is trained on the teacher. `conv` is a
+ConvNeXt with half of the parameters.
+
+With few labels, the teacher is a ConvNeXt that was trained on 1% of the labels:
+
+  distill-jax train    --config=configs/fashion.py:few_teacher --workdir=runs/fashion/few_teacher
+  distill-jax record   --config=configs/fashion.py:few_student --workdir=runs/fashion/few_records
+
+then for seeds 0, 1 and 2:
+
+  distill-jax train    --config=configs/fashion.py:few         --workdir=runs/fashion/few_0
+  distill-jax train    --config=configs/fashion.py:few_student --workdir=runs/fashion/few_student_0
+  distill-jax evaluate --config=configs/fashion.py:few_student --workdir=runs/fashion/few_evaluation
+
+`few` is the ViT, trained on the same labels (with 400 views of each image). `few_student` is
+trained on the teacher's outputs for all images. The difference is what a teacher gains from
+unlabelled images.
 
 Expected results on the 10,000 test images: the mean of seeds 0, 1 and 2 (minimum - maximum), and of
 seed 0 for `deit` and `conv`:
@@ -53,6 +65,7 @@ CLASSES = (
   "ankle boot",
 )
 RUNS = "runs/fashion"
+FEW = {"labelled": 0.01, "which": "labelled", "views": 400}  # 1% of the labels
 IMAGE = {"image_size": 28, "num_channels": 1, "num_labels": 10}
 CONVNEXT = {
   **IMAGE,
@@ -61,6 +74,7 @@ CONVNEXT = {
   "depths": (1, 1),
   "layer_scale_init_value": 1.0,
 }
+LARGE_CONVNEXT = CONVNEXT | {"hidden_sizes": (32, 64)}
 VIT = {
   **IMAGE,
   "patch_size": 7,
@@ -70,6 +84,7 @@ VIT = {
   "num_attention_heads": 4,
 }
 LARGE_VIT = VIT | {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4}
+STEPS = {"teacher": 3000, "few_teacher": 3000, "few": 6000, "few_student": 6000}
 
 
 def get_config(role: str = "distilled"):
@@ -94,7 +109,7 @@ def get_config(role: str = "distilled"):
   c.student.family, c.student.shape, c.student.changes = "vit", "tiny", VIT
   c.optim.peak_lr, c.optim.weight_decay, c.optim.warmup_steps = 2e-3, 0.05, 50
   c.train.batch_size = 128
-  c.train.steps = 3000 if role == "teacher" else 2000
+  c.train.steps = STEPS.get(role, 2000)
   c.train.keep = 1
 
   if role == "teacher":
@@ -114,15 +129,25 @@ def get_config(role: str = "distilled"):
     c.losses.soft = config.loss("pseudo_label", weight=0.5)
   elif role == "hard":
     c.losses.hard = config.loss("ce")
-  elif role == "few":
-    c.tasks.fashion.update(labelled=0.01, which="labelled", views=400)
+  elif role == "few_teacher":
+    c.tasks.fashion.update(FEW)
+    c.student.family, c.student.changes = "convnext", LARGE_CONVNEXT
     c.losses.hard = config.loss("ce")
+  elif role == "few":
+    c.tasks.fashion.update(FEW)
+    c.losses.hard = config.loss("ce")
+  elif role == "few_student":
+    c.teacher.source = f"run:{RUNS}/few_teacher"
+    c.train.records = (f"{RUNS}/few_records",)
+    c.losses.soft = config.loss("kd", temperature=2.0)
   else:
-    roles = "teacher, distilled, conv, deit, hard or few"
+    roles = "teacher, distilled, conv, deit, hard, few_teacher, few or few_student"
     raise ValueError(f"The role is {role!r}; expected {roles}. Choose one of them.")
 
-  seeds = {f"{name}_{seed}" for seed in range(3) for name in ("hard", "distilled", "few")}
-  runs = sorted(seeds | {"deit_0", "conv_0"})
+  few = role.startswith("few")
+  names = ("few", "few_student") if few else ("hard", "distilled")
+  runs = [f"{name}_{seed}" for name in names for seed in range(3)]
+  runs += [] if few else ["deit_0", "conv_0"]
   c.evaluate.models = {name: f"run:{RUNS}/{name}" for name in runs}
   c.evaluate.batch_size = 500
   c.export.dir, c.export.dtype = f"{RUNS}/export", "float32"

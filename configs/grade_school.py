@@ -62,11 +62,14 @@ def get_config(student: str = "small"):
     c.losses.soft = config.loss("kd", weight=0.9)
     c.losses.hard = config.loss("ce", weight=0.1)
     c.train.steps, c.optim.peak_lr = 168, 5e-4  # 8 epochs
-  elif student == "same":
+  elif student in ("same", "same_soft"):
     c.losses.hard = config.loss("ce")  # the student's initial distribution is the teacher's
     c.train.steps, c.optim.peak_lr = 63, 5e-5  # 3 epochs
+    if student == "same_soft":
+      c.losses.soft, c.losses.hard = config.loss("kd", weight=0.5), config.loss("ce", weight=0.5)
   else:
-    raise ValueError(f"The student is {student!r}; expected 'small' or 'same'. Choose one.")
+    expected = "'small', 'same' or 'same_soft'"
+    raise ValueError(f"The student is {student!r}; expected {expected}. Choose one.")
   c.train.checkpoint_every, c.train.keep = 50, 1
 
   c.evaluate.models = {"small": f"run:{RUN}/small", "same": f"run:{RUN}/same"}

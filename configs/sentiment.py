@@ -11,6 +11,14 @@ then for seeds 0, 1 and 2 (--config.seed=0 …):
   distill-jax evaluate --config=configs/sentiment.py           --workdir=runs/sentiment
   distill-jax export   --config=configs/sentiment.py:distilled --workdir=runs/sentiment/distilled_0
 
+With few labels, the teacher and one student are trained on a tenth of the texts, and the other
+student on the teacher's outputs for all texts. The commands are the same with the roles
+few_teacher, few_hard and few_distilled, e.g.
+
+  C=configs/sentiment.py R=runs/sentiment
+  distill-jax train  --config=$C:few_teacher   --workdir=$R/few_teacher
+  distill-jax record --config=$C:few_distilled --workdir=$R/few_records
+
 Expected results on 1,032 held-out snippets, the mean of three seeds (minimum - maximum):
 
   |                   | accuracy            | ce    | KL to the teacher | same answer | parameters |
@@ -31,41 +39,47 @@ from distill_jax import config
 AT = os.environ.get("SENTIMENT", "runs/sentiment")  # the folder of all data and runs
 
 
-def get_config(student: str = "distilled"):
+STEPS = {"few_teacher": 150, "few_hard": 300, "few_distilled": 600}
+
+
+def get_config(role: str = "distilled"):
+  kind = role.removeprefix("few_")  # teacher, hard or distilled
+  few = role[: -len(kind)]  # "few_" or ""
   c = config.base()
   c.tasks.liked = config.task(
     "text_classes",
-    path=f"{AT}/snippets.jsonl",
+    path=f"{AT}/few.jsonl" if few and kind != "distilled" else f"{AT}/snippets.jsonl",
     classes=("negative", "positive"),
     max_tokens=32,
     tokenizer=f"{AT}/minilm/tokenizer.json",
   )
-  c.teacher.source = f"run:{AT}/teacher"
+  c.teacher.source = f"run:{AT}/{few}teacher"
   c.student.source = f"{AT}/minilm"
   c.student.changes, c.student.new = {"num_labels": 2}, ("classifier",)
   c.records.kind = "dense"  # two log-probabilities per text
   c.records.batch_size = c.train.batch_size = c.evaluate.batch_size = 32
   c.records.heldout_sequences = 64
-  c.train.steps = 160
+  c.train.steps = STEPS.get(role, 160)
   c.train.keep = 1
   c.optim.warmup_steps, c.optim.weight_decay = 16, 0.01
 
-  if student == "teacher":
+  if kind == "teacher":
     c.losses.hard = config.loss("ce")
     c.optim.peak_lr = 1e-4
-  elif student in ("hard", "distilled"):
+  elif kind in ("hard", "distilled"):
     c.student.keep_layers = (0, 5)
     c.optim.peak_lr = 2e-4
-    if student == "hard":
+    if kind == "hard":
       c.losses.hard = config.loss("ce")
     else:
-      c.train.records, c.train.heldout = (f"{AT}/records",), (f"{AT}/records/heldout",)
+      records = f"{AT}/{few}records"
+      c.train.records, c.train.heldout = (records,), (f"{records}/heldout",)
       c.losses.soft = config.loss("kd", temperature=2.0)
   else:
-    roles = "teacher, hard or distilled"
-    raise ValueError(f"The student is {student!r}; expected {roles}. Choose one of them.")
+    roles = "teacher, hard or distilled, or one of them after 'few_'"
+    raise ValueError(f"The role is {role!r}; expected {roles}. Choose one of them.")
 
-  runs = [f"{name}_{seed}" for name in ("hard", "distilled") for seed in range(3)]
+  runs = [f"{few}{name}_{seed}" for name in ("hard", "distilled") for seed in range(3)]
   c.evaluate.models = {name: f"run:{AT}/{name}" for name in runs}
   c.export.dir, c.export.dtype = f"{AT}/export", "float32"
   return c

@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -48,11 +47,12 @@ from typing import Any
 import experiments
 import jax
 import numpy as np
+import problem_scores
 from experiments import ROOT, Results
 from on_policy_table import HELDOUT, OWN, SEEDS, TRAINED, VALIDATION, key_of, table
 
 from distill_jax import config
-from distill_jax.evals import _scores, next_token
+from distill_jax.evals import next_token
 from distill_jax.models.loading import open_source
 from distill_jax.nn import sharding
 from distill_jax.on_policy.rollouts import Rollouts
@@ -103,24 +103,6 @@ def own_kl(
       means = jax.device_get(compare(outputs, batch))["teacher"]
       totals = jax.tree.map(np.add, totals, means) if totals else means
   return {"kl": float(totals["kl"].value()), "tokens": float(totals["kl"].count)}
-
-
-def scores_of(folder: Path) -> dict[str, object]:
-  """Returns the results of `evaluate` in a folder, and those of each problem.
-
-  `right` is the fraction of its answers that are correct, and `majority` the score of their vote.
-  """
-  row = json.loads((folder / "evaluation.json").read_text())["evals"]["problems"]["teacher"]
-  lines = (folder / "evals" / "teacher" / "problems" / "verdicts.jsonl").read_text().splitlines()
-  answers: dict[int, list[dict]] = {}
-  for line in map(json.loads, lines):
-    answers.setdefault(line["id"], []).append(line)
-  right = {i: [line["right"] for line in answers[i]] for i in sorted(answers)}
-  votes = {i: _scores.majority([line["answer"] for line in answers[i]], right[i]) for i in right}
-  return row | {
-    "right": {str(i): sum(r) / len(r) for i, r in right.items()},
-    "majority": {str(i): vote for i, vote in votes.items()},
-  }
 
 
 def training_of(folder: Path) -> dict[str, object]:
@@ -218,7 +200,7 @@ class Evidence:
       flags = [f"--config.teacher.source=run:{run}", f"--config.seed={seed}"]
       flags.append(f"--config.evaluate.samples={2 if what == VALIDATION else 4}")
       self.command("evaluate", "start", folder, *flags, f"--config.evals.problems.path={problems}")
-      found = scores_of(self.folder / folder)
+      found = problem_scores.read(self.folder / folder)
     return self.results.write(what=what, target=target, rate=rate, seed=seed, run=run, **found)
 
   def validate(self, target: str, rate: float) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-
-from distill_jax.evals import _scores
+from problem_scores import difference, interval, percent
 
 SEEDS = (0, 1, 2)
 TRAINED, VALIDATION, HELDOUT, OWN = "trained", "validation", "heldout", "own texts"  # lines
@@ -15,27 +14,6 @@ TRAINED, VALIDATION, HELDOUT, OWN = "trained", "validation", "heldout", "own tex
 def key_of(r: dict) -> tuple[str, str, float, int]:
   """Returns what a line of the results is about."""
   return r["what"], r["target"], r["rate"], r["seed"]
-
-
-def _interval(of_seeds: Sequence[dict[str, float]]) -> _scores.Number:
-  """Returns the mean over seeds with its interval over problems, those that all seeds have."""
-  shared = sorted(set.intersection(*(set(values) for values in of_seeds)))
-  return _scores.interval([sum(v[i] for v in of_seeds) / len(of_seeds) for i in shared])
-
-
-def _percent(number: _scores.Number) -> str:
-  value, low, high = (100 * number[key] for key in ("value", "low", "high"))
-  return f"{value:.1f}% ({low:.1f} to {high:.1f})"
-
-
-def _difference(ours: list[dict[str, float]], others: list[dict[str, float]]) -> str:
-  """Returns the mean over seeds of the difference, with its interval over problems.
-
-  A single other result, that of the start, is compared with all of ours.
-  """
-  pairs = list(zip(ours, others * len(ours) if len(others) == 1 else others, strict=False))
-  of_seeds = [{i: a[i] - b[i] for i in a.keys() & b.keys()} for a, b in pairs]
-  return _percent(_interval(of_seeds))
 
 
 def table(results: Iterable[dict]) -> str:
@@ -60,9 +38,9 @@ def table(results: Iterable[dict]) -> str:
       name,
       f"{rate:g} ({', '.join(f'{r:g}: {100 * p:.1f}%' for r, p in tried)})" if tried else "",
       f"{np.mean([r['tokens'] for r in runs]):,.0f}" if runs else "",
-      _percent(_interval(right[name])),
+      percent(interval(right[name])),
       ", ".join(f"{100 * r['pass@1']['value']:.1f}%" for r in found),
-      _percent(_interval([r["majority"] for r in found])),
+      percent(interval([r["majority"] for r in found])),
       f"{100 * np.mean([r['cut_off'] for r in found]):.1f}%",
       f"{np.mean(own):.3f}: {', '.join(f'{x:.3f}' for x in own)}" if own else "",
       ", ".join(
@@ -74,5 +52,5 @@ def table(results: Iterable[dict]) -> str:
     lines.append(f"| {' | '.join(cells)} |")
   for base in ("start", "supervised", "off_policy"):
     for name in [n for n in right if base in right and n not in ("teacher", "start", base)]:
-      lines.append(f"{name} - {base}, pass@1: {_difference(right[name], right[base])}")
+      lines.append(f"{name} - {base}, pass@1: {difference(right[name], right[base])}")
   return "\n".join(lines)

@@ -80,21 +80,6 @@ def test_a_finished_command_is_not_run_again_and_an_unfinished_one_is(tmp_path):
   assert again.made == prepared[-1:]
 
 
-def test_the_scores_of_problems_are_those_of_their_answers(tmp_path):
-  folder = tmp_path / "evals" / "teacher" / "problems"
-  folder.mkdir(parents=True)
-  rows = [(1, "7", True), (0, "3", False), (1, "8", False), (0, "3", False), (1, "7", True)]
-  lines = [{"id": i, "sample": 0, "right": right, "answer": a} for i, a, right in rows]
-  (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  whole = {"evals": {"problems": {"teacher": {"cut_off": 0.5}}}}
-  (tmp_path / "evaluation.json").write_text(json.dumps(whole))
-  assert evidence.scores_of(tmp_path) == {
-    "cut_off": 0.5,
-    "right": {"0": 0.0, "1": pytest.approx(2 / 3)},
-    "majority": {"0": 0.0, "1": 1.0},
-  }
-
-
 def test_a_step_that_compiles_counts_as_the_others(tmp_path):
   rows = [
     {"step": 0, "tokens": 5, "step_seconds": 0.0, "generate_seconds": 2.0, "score_seconds": 1.0},
