@@ -39,7 +39,7 @@ from distill_jax import config
 AT = os.environ.get("SENTIMENT", "runs/sentiment")  # the folder of all data and runs
 
 
-STEPS = {"few_teacher": 150, "few_hard": 300, "few_distilled": 600}
+STEPS = {"few_teacher": 150, "few_hard": 120, "few_distilled": 800}
 
 
 def get_config(role: str = "distilled"):
