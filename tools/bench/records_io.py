@@ -60,7 +60,7 @@ def teacher(seq_len: int, seed: int) -> dict[str, np.ndarray]:
   }
 
 
-def write_ours(folder: Path, data: list[dict[str, np.ndarray]]) -> None:
+def write_ours(folder: Path, data: list[dict[str, np.ndarray]], shards: int = 1) -> None:
   m = store.Manifest(
     kind="sampled",
     n=N,
@@ -69,7 +69,7 @@ def write_ours(folder: Path, data: list[dict[str, np.ndarray]]) -> None:
     teacher={},
     tokenizer="random",  # without one it would be a task
     corpus="",
-    sequences_per_shard=len(data),
+    sequences_per_shard=len(data) // shards,
     extents=(len(data),),
   )
   with store.Writer(folder, m) as w:

@@ -5,6 +5,8 @@
 The records are those of records_io.py, sampled with 63 points. On the disk, single records are read
 in random order: `read_ratio` is the time of array_record's reader over that of a Store, for bytes
 only, and `decoded_ratio` for decoded records; the rounds alternate, and each figure is a median.
+`many_shards_ratio` is the time of a batch of 128 short records, of 4 tokens, from 40 shards of 512
+records over that from one shard, in random order.
 
 Over the network, a GCS server on this machine answers each request after `delay` seconds. The
 training loader, with batches of 16 rows, runs in a separate process. `rows_per_second` is its
@@ -41,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import local_stores  # noqa: E402
 
 BATCH, ROUNDS, R1_ROWS = 16, 7, 7.6
+SHORT, SHORT_BATCH, SHARDS = 4, 128, 40  # tokens of a short record, records of a batch, shards
 
 
 def seconds(fn: Callable[[int], object], order: np.ndarray) -> float:
@@ -74,6 +77,23 @@ def local(store: Store) -> dict[str, float]:
     "decoded_ratio": statistics.median(a / b for a, b in zip(decoded, ours_decoded, strict=True)),
     "microseconds_per_read": statistics.median(ours) * 1e6,
     "milliseconds_per_decoded_read": statistics.median(ours_decoded) * 1e3,
+  }
+
+
+def short(folder: Path) -> dict[str, float]:
+  """Returns the ratio of short records, written into a folder."""
+  rows = [records_io.teacher(SHORT, i) for i in range(256)] * (SHARDS * 2)
+  opened = []
+  for count in (SHARDS, 1):
+    records_io.write_ours(folder / f"{count}", rows, count)
+    opened.append(open_store(folder / f"{count}"))
+  batches = np.random.default_rng(0).permutation(len(rows)).reshape(-1, SHORT_BATCH)[:16]
+  turns = np.arange(len(batches))
+  readers = [lambda i, store=store: store.read_many(batches[i].tolist()) for store in opened]
+  times = [[seconds(read, turns) for read in readers] for _ in range(ROUNDS)]
+  return {
+    "many_shards_ratio": statistics.median(many / single for many, single in times),
+    "milliseconds_per_short_batch": statistics.median(many for many, _ in times) * 1e3,
   }
 
 
@@ -141,7 +161,8 @@ def main() -> None:
       records_io.write_ours(folder, rows)
       store = open_store(folder)
       size = store.manifest.shards[0].bytes / len(store)
-      figures = {"bytes_per_row": size, **local(store), **network(folder, args.delay, args.seconds)}
+      on_disk = local(store) | short(Path(tmp, "short"))
+      figures = {"bytes_per_row": size, **on_disk, **network(folder, args.delay, args.seconds)}
     for key, value in figures.items():
       print(f"{key:32}{value:16,.2f}")
     print(f"load {os.getloadavg()[0]:.1f}")
