@@ -11,6 +11,8 @@ Each finished run appends one line to results.jsonl and is not run again, so tha
 stopped at any time; an unfinished run resumes from its checkpoint. Checkpoints are removed once
 they are measured.
 
+The script prints a table, and writes its plot to FOLDER/bits-per-byte.svg.
+
 All models are measured on the same bytes of the held-out topics, those that evaluate.texts compares
 with two tokenizers: in parts of at most SEQ_LEN tokens, without the first token of a topic.
 """
@@ -25,12 +27,15 @@ import json
 import math
 import os
 import shutil
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import experiments
+import seed_plot
 import sorted_records
 from experiments import ROOT, Results
 
@@ -206,23 +211,44 @@ class Evidence:
     return experiments.tune(RATES, first, lambda rate: self.run(target, rate, 0), best_of)
 
 
-def table(results: Iterable[dict]) -> str:
+class Best(NamedTuple):
+  """The best rate of a target.
+
+  Attributes:
+    rate: The rate.
+    bits: Bits per byte with this rate, in the order of the seeds.
+    tried: Bits per byte of each rate with seed 0.
+  """
+
+  rate: float
+  bits: list[float]
+  tried: dict[float, float]
+
+
+def best_rates(results: Iterable[dict]) -> dict[str, Best]:
+  """Returns the best rate of each target."""
+  bits: dict[str, dict[float, dict[int, float]]] = {}
+  for r in results:
+    bits.setdefault(r["target"], {}).setdefault(r["rate"], {})[r["seed"]] = r["bits_per_byte"]
+  found = {}
+  for target, rates in bits.items():
+    tried = {rate: rates[rate][0] for rate in sorted(rates)}
+    best = min(tried, key=tried.__getitem__)
+    found[target] = Best(best, [rates[best][seed] for seed in sorted(rates[best])], tried)
+  return found
+
+
+def table(best: Mapping[str, Best]) -> str:
   """Returns a table in Markdown of the best rate of each target, and its share of the gain.
 
   The gain of soft targets over the text is that with the same tokenizer.
   """
   lines = ["| target | rate (tried) | bits per byte, mean | of each seed |", "|---|---|---|---|"]
-  bits: dict[str, dict[float, dict[int, float]]] = {}
-  for r in results:
-    bits.setdefault(r["target"], {}).setdefault(r["rate"], {})[r["seed"]] = r["bits_per_byte"]
-  means = {}
-  for target, of_rates in bits.items():
-    best = min(of_rates, key=lambda rate: of_rates[rate][0])
-    seeds = of_rates[best]
-    means[target] = sum(seeds.values()) / len(seeds)
-    tried = ", ".join(f"{rate:g}: {of_rates[rate][0]:.3f}" for rate in sorted(of_rates))
-    each = ", ".join(f"{seeds[seed]:.3f}" for seed in sorted(seeds))
-    lines.append(f"| {target} | {best:g} ({tried}) | {means[target]:.3f} | {each} |")
+  means = {target: statistics.mean(found.bits) for target, found in best.items()}
+  for target, (rate, bits, tried) in best.items():
+    rates = ", ".join(f"{r:g}: {x:.3f}" for r, x in tried.items())
+    each = ", ".join(f"{x:.3f}" for x in bits)
+    lines.append(f"| {target} | {rate:g} ({rates}) | {means[target]:.3f} | {each} |")
   if {"same_hard", "same_soft", "hard"} <= means.keys():
     control = means["same_hard"] - means["same_soft"]
     for target in [t for t in means if t not in ("same_hard", "same_soft", "hard")]:
@@ -248,7 +274,10 @@ def main() -> None:
   for seed in SEEDS[1:]:
     for target, rate in rates.items():
       evidence.run(target, rate, seed)
-  print(table(evidence.results.done.values()))
+  best = best_rates(evidence.results.done.values())
+  plot = seed_plot.svg("bits per byte", {target: found.bits for target, found in best.items()})
+  (evidence.folder / "bits-per-byte.svg").write_text(plot)
+  print(table(best))
 
 
 if __name__ == "__main__":

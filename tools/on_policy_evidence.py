@@ -21,6 +21,8 @@ student generates 4 answers to each (2 to each validation problem), for pass@1 a
 KL(student || teacher) is computed on one more text of the student for each of 64 held-out problems,
 sampled at temperature 1.
 
+The script prints a table, and writes a plot of pass@1 to FOLDER/pass-at-1.svg.
+
 Each finished training and each finished measurement appends one line to results.jsonl and is not
 repeated. So the command can be stopped at any time, and continues when it is run again; an
 unfinished part resumes from its own files. With `--targets=` only what all targets share is made.
@@ -48,6 +50,7 @@ import experiments
 import jax
 import numpy as np
 import problem_scores
+import seed_plot
 from experiments import ROOT, Results
 from on_policy_table import HELDOUT, OWN, SEEDS, TRAINED, VALIDATION, key_of, table
 
@@ -265,7 +268,13 @@ def main() -> None:
   for seed in SEEDS:
     for target, rate in rates.items():
       evidence.final(target, rate, seed)
-  print(table(evidence.results.done.values()))
+  results = evidence.results.done
+  right = {
+    target: [100 * results[HELDOUT, target, rate, seed]["pass@1"]["value"] for seed in SEEDS]
+    for target, rate in rates.items()
+  }
+  (folder / "pass-at-1.svg").write_text(seed_plot.svg("pass@1, %", right))
+  print(table(results.values()))
 
 
 if __name__ == "__main__":

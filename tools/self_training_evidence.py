@@ -13,7 +13,8 @@ and are trained for the same number of steps:
 
 The learning rate of all students is the best of RATES for `kept` with seed 0 on the validation
 problems, with both of its neighbours measured. The held-out problems have 4 answers each, sampled
-at temperature 0.6. The script prints a table of pass@1 and maj@4, with 95% intervals over problems.
+at temperature 0.6. The script prints a table of pass@1 and maj@4, with 95% intervals over problems,
+and writes a plot of pass@1 to FOLDER/pass-at-1.svg.
 
 Each finished measurement appends one line to results.jsonl and is not repeated. So the command can
 be stopped at any time, and continues when it is run again. Commands with different seeds may run at
@@ -34,6 +35,7 @@ from typing import NamedTuple
 
 import experiments
 import problem_scores
+import seed_plot
 from experiments import ROOT, Results
 
 CONFIG = ROOT / "configs" / "grade_school.py"
@@ -225,7 +227,13 @@ def main() -> None:
       evidence.measure(HELDOUT, name, rate, seed)
     for name in STUDENTS:
       evidence.remove_checkpoints(name, seed, rate)
-  print(f"Learning rate {rate:g}\n\n{table(evidence.results.done, rate, seeds)}")
+  results = evidence.results.done
+  right = {
+    name: [100 * results[HELDOUT, name, rate, seed]["pass@1"]["value"] for seed in seeds]
+    for name in ("teacher", *STUDENTS)
+  }
+  (evidence.folder / "pass-at-1.svg").write_text(seed_plot.svg("pass@1, %", right))
+  print(f"Learning rate {rate:g}\n\n{table(results, rate, seeds)}")
 
 
 if __name__ == "__main__":
