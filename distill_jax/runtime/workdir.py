@@ -77,7 +77,7 @@ class Workdir:
 
   def __init__(self, path: str | Path, config: configs.Config, part: str = ""):
     self.path, self._part = Path(path), part
-    self.config = json.loads(json.dumps(configs.to_dict(config)))  # as in the file
+    self.config = _as_in_file(config)
 
   def __enter__(self) -> Path:
     self._locks: contextlib.ExitStack | None = None
@@ -132,7 +132,10 @@ class Workdir:
       self._before = self._files()
       write_json(file, self.config)
       return
-    for key, was, now in _differences(_read(file), self.config, ""):
+    tree = _read(file)
+    with contextlib.suppress(InputError):  # if it has unknown keys, the error below names one
+      tree = _as_in_file(configs.from_dict(tree))  # with the defaults of keys that it lacks
+    for key, was, now in _differences(tree, self.config, ""):
       if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE:
         raise InputError(
           f"{storage.location(self.path)} holds a run with {key}={was!r}, but this config has "
@@ -157,6 +160,11 @@ def read_config(path: str | Path) -> configs.Config:
       f"{file} does not fit this version of distill_jax: {error} Train again in another "
       "--workdir, or use the version in versions.json."
     ) from error
+
+
+def _as_in_file(config: configs.Config) -> JsonObject:
+  """Returns a resolved config as it is read from config.json."""
+  return json.loads(json.dumps(configs.to_dict(config)))
 
 
 def _read(file: Path) -> JsonObject:

@@ -40,8 +40,8 @@ def check(
   without_targets = config.tasks and not c.heldout and not c.online  # a task's own examples
   for name, fn in losses.items():
     if without_targets and "teacher" in fn.teacher_names:
-      expected = f"0 without train.heldout, because losses.{name} needs a teacher's targets"
-      raise bad_value("train.eval_every", c.eval_every, expected, "Name held-out records there")
+      why = f"0 without train.heldout, because losses.{name} needs a teacher's targets"
+      raise bad_value("train.eval_every", c.eval_every, why, "Name held-out records there")
   validate.check_text_fits(as_trained, student, heldout)
   validate.check_records(as_trained, heldout)
   paths = c.heldout or tuple(config.tasks)

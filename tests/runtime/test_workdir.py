@@ -61,6 +61,30 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_read(tmp_path):
   assert read_config(tmp_path).records.tokens_per_shard == 6 * tree["data"]["seq_len"]
 
 
+def test_keys_that_an_earlier_version_lacked_have_their_defaults(tmp_path):
+  with Workdir(tmp_path, a_config(seed=1)):
+    pass
+  tree = json.loads((tmp_path / "config.json").read_text())
+  del tree["optim"]["accumulate"]
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  with Workdir(tmp_path, a_config(seed=1)):
+    pass
+  c = config.base()
+  c.seed, c.optim.accumulate = 1, 2
+  with (
+    pytest.raises(InputError, match="holds a run with optim.accumulate=1, but this config has 2"),
+    Workdir(tmp_path, config.resolve(c)),
+  ):
+    pass
+  tree["optim"]["removed"] = 3
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  with (
+    pytest.raises(InputError, match="holds a run with optim.accumulate=None"),
+    Workdir(tmp_path, a_config(seed=1)),
+  ):
+    pass
+
+
 def test_the_memory_of_decoding_may_change(tmp_path):
   """`generate` may continue with fewer rows; the configs of earlier runs have no `gather`."""
   with Workdir(tmp_path, a_config(seed=1)):
