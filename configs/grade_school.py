@@ -21,12 +21,12 @@ held-out set. Expected results on 160 held-out problems, with 4 samples each at 
     same, all 30 layers            48.6% (42 to 55)   56.2% (49 to 64)        3%
 
 `small` is trained on the teacher's distributions (weight 0.9) and the kept tokens (0.1), for 8
-epochs of 19,462 tokens. `same` is trained only on the kept tokens, for 3 epochs; `same_soft`, which
-is not in the table, also on the distributions (tools/self_training_evidence.py). Both rows are better
-than their teacher on this kind of problem. One reason is that their answers are less often
-truncated. The results do not show that they reason better on other problems. They are from one run
-each, with one seed. Cost on 2 busy CPU cores: 11 minutes to generate, 1 to record, 23 and 27 to
-train, 10 to evaluate.
+epochs of 19,462 tokens. `same` is trained only on the kept tokens, for 3 epochs. `same_soft`, which
+is not in the table, is also trained on the distributions (tools/self_training_evidence.py). Both
+students of the table are better than their teacher on this kind of problem. One reason is that
+their answers are less often truncated. The results do not show that they reason better on other
+problems. They are from one run each, with one seed. Cost on 2 busy CPU cores: 11 minutes to
+generate, 1 to record, 23 and 27 to train, 10 to evaluate.
 """
 
 from distill_jax import config
