@@ -163,7 +163,7 @@ def read_config(path: str | Path) -> configs.Config:
 
 
 def _as_in_file(config: configs.Config) -> JsonObject:
-  """Returns a resolved config as it is read from config.json."""
+  """Returns the content of the config.json of a resolved config, with lists for tuples."""
   return json.loads(json.dumps(configs.to_dict(config)))
 
 
