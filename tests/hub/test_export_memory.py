@@ -72,6 +72,7 @@ def export(runs, to, file_limit=0):
   return subprocess.run([*line, str(file_limit)], capture_output=True, text=True, cwd=ROOT, env=env)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(runs, tmp_path):
   done = export(runs, tmp_path / "out")
   assert done.returncode == 0, done.stderr

@@ -238,6 +238,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder):
   assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_export_has_unshared_layers(folder):
   """transformers reads three layers with tied embeddings and computes the same logits."""
   c = shared_config(folder)

@@ -1,6 +1,4 @@
-"""Tests of the codec: exact round trips, size, speed, and errors on bad input."""
-
-import time
+"""Tests of the codec: exact round trips, size, and errors on bad input."""
 
 import numpy as np
 import pytest
@@ -165,21 +163,13 @@ def realistic(T=8192, V=151_936, n=63):
   }
 
 
-def test_size_and_speed():
+def test_size():
   spec, seq = RecordSpec("sampled", 63, 151_936), realistic()
   data, fields = token_codec.encode_tokens(seq, spec), codec.encode_targets(seq, spec)
   T, E = len(seq["tokens_T"]), codec.count_entries(fields)
   assert 11 < E / T < 15  # the entries per position that the target assumes
   size = len(data) + sum(map(len, fields.values()))
   assert size / T < 0.85 * (3 * E / T + 6)
-  best = 1e9
-  for _ in range(5):
-    start = time.process_time()
-    mask_1T = token_codec.decode_tokens(bits.Joined.of([data]), T, spec)["mask_T"]
-    codec.decode_targets(bits.join([fields]), mask_1T, spec)
-    best = min(best, time.process_time() - start)
-  # The target is 2 million; half of it here, because the machine is shared.
-  assert T / best > 1e6
 
 
 BAD = {

@@ -95,6 +95,7 @@ def processes(tmp_path, workdirs, verb="record", flags=()):
   return [process.returncode for process in started], outputs
 
 
+@pytest.mark.slow
 def test_a_workdir_that_not_all_processes_see_is_refused_at_once(tmp_path):
   codes, outputs = processes(tmp_path, ["runs/x", "runs/x"])  # each in its own folder
   assert codes == [2, 2], outputs

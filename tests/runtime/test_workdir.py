@@ -48,7 +48,7 @@ def test_a_refused_command_in_the_folder_of_a_run_changes_nothing(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_run_of_an_earlier_version_goes_on_and_is_read(tmp_path):
+def test_a_run_of_an_earlier_version_continues_and_is_read(tmp_path):
   """Its config.json has shards by sequences, and lacks a key that does not change results."""
   with Workdir(tmp_path, a_config(seed=1)):
     pass

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 
 def test_a_loss_of_targets_is_not_evaluated_on_examples_without_records(run, tmp_path):
-  _, c = run
+  c = run[1].copy_and_resolve_references()
   c.train.eval_every = 2
   expected = "train.eval_every is 2; expected 0 without train.heldout, because losses.soft needs"
   with Workdir(tmp_path, config.resolve(c)) as student, pytest.raises(InputError, match=expected):
