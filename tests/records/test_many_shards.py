@@ -76,7 +76,9 @@ def test_more_shards_than_files_may_be_open(tmp_path, shards, limit):
   assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_batch_of_short_records_opens_each_shard_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", [0, 2**12, 2**27])
+def test_a_batch_of_short_records_opens_each_shard_once(tmp_path, monkeypatch, memory):
+  monkeypatch.setattr("distill_jax.records.shards.MEMORY", memory)
   shards, each = 2 * OPEN_SHARDS, 3
   m = manifest(shards * each, seq_len=4)
   record(tmp_path, m, make=short_sequence)
@@ -88,8 +90,15 @@ def test_a_batch_of_short_records_opens_each_shard_once(tmp_path, monkeypatch):
 
   monkeypatch.setattr(shard_index, "open_shard", count)
   order = np.random.default_rng(0).permutation(shards * each)
-  rows = store.open_store(tmp_path).read_many(list(order))
+  opened_store = store.open_store(tmp_path)
+  rows = opened_store.read_many(list(order))
   assert len(opened) == len(set(opened)) == shards
+  again = opened_store.read_many(list(order))
+  if memory == 2**27:
+    assert len(opened) == shards  # all are in memory
+  np.testing.assert_array_equal(
+    [row["tokens_T"] for row in again], [row["tokens_T"] for row in rows]
+  )
   np.testing.assert_array_equal(
     [row["tokens_T"] for row in rows], [short_sequence(i)["tokens_T"] for i in order]
   )
