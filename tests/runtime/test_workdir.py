@@ -15,6 +15,13 @@ def a_config(seed):
   return config.resolve(c)
 
 
+def make_run(folder):
+  """Makes the folder of a run, and returns the content of its config.json."""
+  with Workdir(folder, a_config(seed=1)):
+    pass
+  return json.loads((folder / "config.json").read_text())
+
+
 def test_a_refused_command_leaves_the_folder_to_the_corrected_one(tmp_path):
   (tmp_path / "notes.txt").write_text("of the user")
   with pytest.raises(InputError, match="wrong"), Workdir(tmp_path, a_config(seed=1)):
@@ -50,9 +57,7 @@ def test_a_refused_command_in_the_folder_of_a_run_changes_nothing(tmp_path):
 
 def test_a_run_of_an_earlier_version_continues_and_is_read(tmp_path):
   """Its config.json has shards by sequences, and lacks a key that does not change results."""
-  with Workdir(tmp_path, a_config(seed=1)):
-    pass
-  tree = json.loads((tmp_path / "config.json").read_text())
+  tree = make_run(tmp_path)
   tree["records"]["sequences_per_shard"] = 6
   del tree["records"]["tokens_per_shard"], tree["train"]["checkpoint_minutes"]
   (tmp_path / "config.json").write_text(json.dumps(tree))
@@ -62,9 +67,7 @@ def test_a_run_of_an_earlier_version_continues_and_is_read(tmp_path):
 
 
 def test_keys_that_an_earlier_version_lacked_have_their_defaults(tmp_path):
-  with Workdir(tmp_path, a_config(seed=1)):
-    pass
-  tree = json.loads((tmp_path / "config.json").read_text())
+  tree = make_run(tmp_path)
   del tree["optim"]["accumulate"]
   (tmp_path / "config.json").write_text(json.dumps(tree))
   with Workdir(tmp_path, a_config(seed=1)):
@@ -87,9 +90,7 @@ def test_keys_that_an_earlier_version_lacked_have_their_defaults(tmp_path):
 
 def test_the_memory_of_decoding_may_change(tmp_path):
   """`generate` may continue with fewer rows; the configs of earlier runs have no `gather`."""
-  with Workdir(tmp_path, a_config(seed=1)):
-    pass
-  tree = json.loads((tmp_path / "config.json").read_text())
+  tree = make_run(tmp_path)
   del tree["generate"]["gather"]
   (tmp_path / "config.json").write_text(json.dumps(tree))
   c = config.base()
