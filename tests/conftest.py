@@ -16,6 +16,7 @@ import compile_cache
 
 DEVICES = 4
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # jax's default; nn/test_remat.py reads XLA's warnings
 # All devices share one pool of threads, by default one per device or core. A collective blocks its
 # thread until the other devices arrive, and a device that runs its operations out of order can
 # block several threads: with one per device, the last device may find none. A device has at most
