@@ -1,18 +1,21 @@
 """Compares students of the demo that differ in one setting: targets, loss, size or amount of text.
 
   nice python tools/ablations.py runs/ablations [--tables=targets,losses,text,size] [--seeds=0,1,2]
+  nice python tools/ablations.py runs/novels --tables=records --text=runs/novels/chapters
 
 The teacher, the text and the losses are those of configs/demo.py, on half of its text: 16 sequences
-of 512 tokens, read twice. A step has one sequence. Students of labels have the demo's learning
-rate; students that learn from the teacher have a lower one than in the demo, whose steps are twice
-as large. All are compared on 8 sequences of held-out topics, from all logits. `online` has the
-teacher in the training step, so that its targets are the teacher's whole distribution. Each seed
-has separate records; it chooses their samples, and the order of the sequences. The tables are
+of 512 tokens, read twice. Another text is a folder of .txt files, such as that of tools/novels.py.
+A step has one sequence. Students of labels have the demo's learning rate; students that learn from
+the teacher have a lower one than in the demo, whose steps are twice as large. All are compared on 8
+held-out sequences, from all logits. `online` has the teacher in the training step, so that its
+targets are the teacher's whole distribution. Each seed has separate records; it chooses their
+samples, and the order of the sequences. The tables are
 
   targets  labels, records with N points, the top 10, and the teacher in the step
   losses   temperatures, weights and divergences, with the teacher in the step
   text     labels on two and four times the text, against records
   size     students of 6, 12 and 20 layers, from labels and from records
+  records  labels, records with 63 points, and the teacher in the step
 
 `share` is the mean over seeds of the gain over `hard` in KL divergence, over the same of `online`.
 A student is trained and evaluated once, and its checkpoints are then deleted, because each has 0.3
@@ -108,7 +111,9 @@ TABLES = {
     "hard-layers-20",
     "points-63-layers-20",
   ),
+  "records": ("hard", "points-63", "online"),
 }
+DEFAULT_TABLES = ("targets", "losses", "text", "size")
 FIGURES = ("kl", "ce", "agreement")
 COLUMNS = "bytes per token | KL, mean | of each seed | cross-entropy | same top token | share"
 
@@ -129,11 +134,16 @@ def records_of(variant: Variant, seed: int) -> str:
   return f"records/{values}-{SEQUENCES * variant.times}-{seed}"
 
 
-def train(folder: Path, name: str, seed: int) -> None:
+def text_flags(text: str) -> tuple[str, ...]:
+  """Returns the flags of a folder of .txt files; none for "", the demo's text."""
+  return ("--config.data.kind=text", f"--config.data.path={text}") if text else ()
+
+
+def train(folder: Path, name: str, seed: int, text: str = "") -> None:
   """Makes the records and the student of a variant and a seed if they are missing."""
   variant, log = VARIANTS[name], folder / "log.txt"
   config, records = f"{CONFIG}:{variant.student}", records_of(variant, seed)
-  shared = shared_flags(variant, seed)
+  shared = (*shared_flags(variant, seed), *text_flags(text))
 
   def command(verb: str, workdir: str, *flags: str) -> None:
     line = (f"--workdir={workdir}", *shared, *flags)
@@ -154,7 +164,7 @@ def train(folder: Path, name: str, seed: int) -> None:
   print(f"{name}-{seed} is trained.", flush=True)
 
 
-def evaluate(folder: Path, students: list[str]) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, students: list[str], text: str = "") -> dict[str, dict[str, float]]:
   """Returns the figures of students by name. All are in memory together, with 0.5 GB each."""
   workdir = folder / "evaluation"
   shutil.rmtree(workdir, ignore_errors=True)  # of other students
@@ -164,20 +174,23 @@ def evaluate(folder: Path, students: list[str]) -> dict[str, dict[str, float]]:
     f"--config.evaluate.models={models}",
     f"--config.evaluate.sequences={HELDOUT}",
     "--config.evaluate.examples=0",
+    *text_flags(text),
   )
   run_command("evaluate", str(CONFIG), *flags, folder=folder, log=folder / "log.txt")
   return json.loads((workdir / "evaluation.json").read_text())["models"]
 
 
-def measure(folder: Path, results: Results, names: Sequence[str], seed: int) -> None:
+def measure(
+  folder: Path, results: Results, names: Sequence[str], seed: int, text: str = ""
+) -> None:
   """Trains and evaluates the students of a seed that have no results yet."""
   missing = [name for name in names if (name, seed) not in results.done]
   for name in missing:
-    train(folder, name, seed)
-  models = evaluate(folder, [f"{name}-{seed}" for name in missing]) if missing else {}
+    train(folder, name, seed, text)
+  models = evaluate(folder, [f"{name}-{seed}" for name in missing], text) if missing else {}
   for name in missing:
     figures = models[f"{name}-{seed}"]
-    results.write(student=name, seed=seed, **{key: figures[key] for key in FIGURES})
+    results.write(student=name, seed=seed, text=text, **{key: figures[key] for key in FIGURES})
     shutil.rmtree(folder / f"{name}-{seed}" / "checkpoints")
 
 
@@ -231,16 +244,20 @@ def main() -> None:
   """Makes the students that are missing, and prints the table of their evaluation with a plot."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("folder", type=Path)
-  parser.add_argument("--tables", default=",".join(TABLES))
+  parser.add_argument("--tables", default=",".join(DEFAULT_TABLES))
   parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--text", type=Path, help="folder of .txt files; without it, the demo's text")
   args = parser.parse_args()
   folder = args.folder.resolve()
+  text = str(args.text.resolve()) if args.text else ""
   results = Results(folder, lambda r: (r["student"], r["seed"]))
+  if {r.get("text", "") for r in results.done.values()} - {text}:
+    parser.error(f"{folder} has results of another text; expected the same text. Choose a folder.")
   seeds = [int(seed) for seed in args.seeds.split(",")]
   for table in args.tables.split(","):
     names = TABLES[table]
     for seed in seeds:
-      measure(folder, results, names, seed)
+      measure(folder, results, names, seed, text)
     sizes = [bytes_per_token(folder, VARIANTS[name], seeds) for name in names]
     print(f"\n{table}\n\n{markdown(results.done, names, seeds, sizes)}\n", flush=True)
     kl = {name: [results.done[name, seed]["kl"] for seed in seeds] for name in names}

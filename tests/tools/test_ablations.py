@@ -98,6 +98,32 @@ def test_a_student_is_trained_and_evaluated_once_and_its_checkpoints_are_deleted
   ]
 
 
+def test_another_text_is_read_by_all_commands(tmp_path, monkeypatch):
+  made = []
+
+  def run(verb, name, *given, folder, log):
+    monkeypatch.setattr(sys, "argv", [verb, f"--config={name}", *given])
+    c = cli.parse(sys.argv)
+    made.append((verb, (c.data.kind, c.data.path)))
+    workdir = folder / next(flag for flag in given if "workdir" in flag).partition("=")[2]
+    (workdir / "checkpoints").mkdir(parents=True)
+    if verb == "evaluate":
+      models = {student: {"kl": 1.0, "ce": 2.0, "agreement": 0.5} for student in c.evaluate.models}
+      (workdir / "evaluation.json").write_text(json.dumps({"models": models}))
+
+  monkeypatch.setattr(ablations, "run_command", run)
+  novels, folder = tmp_path / "novels", tmp_path / "runs"
+  arguments = ["", str(folder), "--tables=records", "--seeds=0"]
+  monkeypatch.setattr(sys, "argv", [*arguments, f"--text={novels}"])
+  monkeypatch.setattr(ablations, "payload_per_token", lambda folder: 40.0)
+  ablations.main()
+  assert {verb for verb, _ in made} == {"record", "train", "evaluate"}
+  assert {text for _, text in made} == {("text", str(novels))}
+  monkeypatch.setattr(sys, "argv", arguments)
+  with pytest.raises(SystemExit):  # the demo's text, in the folder of another text
+    ablations.main()
+
+
 def test_records_that_were_interrupted_are_completed(tmp_path, monkeypatch):
   verbs = []
 

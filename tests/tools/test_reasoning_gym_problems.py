@@ -1,4 +1,4 @@
-"""tools/reasoning_gym_problems.py: each problem is in one file, with the answer of reasoning-gym."""
+"""tools/reasoning_gym_problems.py: each problem is in one file."""
 
 import importlib
 import json
