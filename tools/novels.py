@@ -23,7 +23,7 @@ CHAPTER = re.compile(r"chapter \w+\.?", re.IGNORECASE)
 
 
 def chapters(lines: Sequence[str]) -> Iterator[str]:
-  """Yields the texts of the chapters of a novel; what precedes the first one is left out.
+  """Yields the texts of the chapters of a novel; skips what precedes the first one.
 
   Args:
     lines: The lines of the novel. A line with only "Chapter" and a number begins a chapter.
