@@ -15,7 +15,7 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distill_jax import registry
 from distill_jax.errors import InputError, Preempted, Unavailable
@@ -49,19 +49,19 @@ def main(argv: list[str] | None = None) -> None:
     hush_libtpu()
     result = run(argv)
   except InputError as error:
-    sys.exit(_stop(2, f"error: {error}"))
+    _stop(2, f"error: {error}")
   except (Preempted, Unavailable) as error:
-    sys.exit(_stop(os.EX_TEMPFAIL, str(error)))
+    _stop(os.EX_TEMPFAIL, str(error))
   except FloatingPointError as error:
-    sys.exit(_stop(1, f"error: {error}"))
+    _stop(1, f"error: {error}")
   except OSError as error:
     if error.errno not in DISK_FULL:
       raise
     path, reason = error.filename or "the workdir", error.strerror
-    message = (
-      f"{path} cannot be written ({reason}). Make room and run again; finished work is kept."
+    _stop(
+      2,
+      f"error: {path} cannot be written ({reason}). Make room and run again; finished work is kept.",
     )
-    sys.exit(_stop(2, f"error: {message}"))
   from distill_jax import flags
   from distill_jax.runtime import distributed
 
@@ -134,10 +134,12 @@ def hush_libtpu() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def _stop(code: int, message: str) -> int:
-  """Prints why the command stops; returns its exit code."""
+def _stop(code: int, message: str) -> NoReturn:
+  """Prints why the command stops, and ends the process."""
   print(message, file=sys.stderr, flush=True)
-  return code
+  if distributed := sys.modules.get("distill_jax.runtime.distributed"):
+    distributed.leave(code)  # if it is not imported, there is only one process
+  sys.exit(code)
 
 
 def run(argv: list[str]) -> JsonObject:

@@ -6,9 +6,11 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import ClassVar, TypeVar
+from types import TracebackType
+from typing import ClassVar, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -52,7 +54,15 @@ def initialize(flag: str) -> None:
     jax.distributed.initialize(
       address, num_processes, process_id, cluster_detection_method="deactivate"
     )
+  sys.excepthook = _print_and_leave
   Progress.shown = is_process_0()
+
+
+def _print_and_leave(
+  kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+  sys.__excepthook__(kind, error, trace)
+  leave(1)
 
 
 def process_count() -> int:
@@ -187,6 +197,22 @@ def all_arrive(name: str, seconds: float = STOP_SECONDS) -> bool:
     except jax.errors.JaxRuntimeError:  # the time is up
       return False
   return True
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process of a run that stops early.
+
+  jax makes a process that ends wait 5 minutes for all others. If these do not stop within
+  STOP_SECONDS, they wait for this one in a collective. Then it ends without them, and they fail.
+
+  Args:
+    code: The exit code.
+  """
+  if global_state.client is not None and not all_arrive("end of a stopped run", STOP_SECONDS):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -229,6 +229,47 @@ def test_all_arrive_only_if_every_process_does():
   assert printed == [["True", "False"], ["True"]]
 
 
+LEAVING = """
+import sys
+import jax
+from distill_jax import cli
+from distill_jax.runtime import distributed
+distributed.STOP_SECONDS = 1.0
+distributed.initialize(sys.argv[1])
+distributed.barrier("begin")
+if jax.process_index() == {alone}:
+  {failure}
+distributed.barrier("step")  # a collective, in which the other process waits
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [0, 1])
+@pytest.mark.parametrize(
+  ("failure", "code", "message"),
+  [
+    ('cli._stop(75, "The store does not answer.")', 75, "The store does not answer."),
+    ('raise RuntimeError("unexpected")', 1, "RuntimeError: unexpected"),
+  ],
+)
+def test_a_process_that_stops_alone_does_not_wait_for_the_other(failure, code, message, alone):
+  port = free_port()
+  script = LEAVING.format(failure=failure, alone=alone)
+  workers = [
+    subprocess.Popen(
+      [sys.executable, "-c", script, f"localhost:{port},2,{i}"],
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+    )
+    for i in range(2)
+  ]
+  errors = [worker.communicate(timeout=200)[1] for worker in workers]
+  assert message in errors[alone] and workers[alone].returncode == code
+  other = 1 - alone
+  assert message not in errors[other] and workers[other].returncode != 0
+
+
 def test_dry_run_prints_what_would_run():
   output = run(
     [sys.executable, "launch/local.py", "--dry_run", "--devices=2", "--", "train", "--x=$(rm a)"]
