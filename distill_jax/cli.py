@@ -58,10 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     if error.errno not in DISK_FULL:
       raise
     path, reason = error.filename or "the workdir", error.strerror
-    _stop(
-      2,
-      f"error: {path} cannot be written ({reason}). Make room and run again; finished work is kept.",
-    )
+    action = "Make room and run again; finished work is kept."
+    _stop(2, f"error: {path} cannot be written ({reason}). {action}")
   from distill_jax import flags
   from distill_jax.runtime import distributed
 
