@@ -306,6 +306,8 @@ def _flag_error(argv: list[str], error: Exception) -> str:
       hint = f"Did you mean --config.{near}?" if near else "`distill-jax help config` lists keys."
       return f"Config key {key!r} does not exist. {hint}"
     if f"--config.{key}=" in text:
+      if "dots in field names" in text:
+        return f"{key} is {value!r}; expected names without dots. Rename the entry."
       kind = reference.type_of(field)
       return f"{key} is {value!r}; expected {kind}. `distill-jax help {key}` explains it."
     entry = key.rpartition(".")[0]

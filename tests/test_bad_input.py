@@ -127,6 +127,7 @@ def test_unknown_key_on_the_command_line(at):
   [
     ("--config.trian.steps=8", "'trian.steps' does not exist. Did you mean --config.train.steps?"),
     ("--config.train.steps=1.5", "train.steps is '1.5'; expected an integer."),
+    ("--config.evaluate.models={'a.b': 'run:x'}", "expected names without dots. Rename the entry."),
     ("--config.losses.soft.weight=x", "losses.soft.weight is 'x'; expected a number."),
     (
       "--config.losses.soft.weigth=1",
