@@ -166,6 +166,7 @@ class Evidence:
       workdir,
       f"--config.teacher.source={model}",
       f"--config.seed={seed}",
+      "--config.train.heldout=()",
       "--config.evaluate.models={}",
       "--config.evaluate.on=('teacher',)",
       "--config.evaluate.samples=2",
