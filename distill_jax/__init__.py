@@ -22,7 +22,7 @@ if TYPE_CHECKING:
   from distill_jax import config, losses
   from distill_jax.data.packing import pack
   from distill_jax.evals.lm_eval import Adapter as LMEvalAdapter
-  from distill_jax.losses import divergences, fused_loss, logits_loss, supports
+  from distill_jax.losses import divergences, fused_loss, logits_loss
   from distill_jax.models.standalone import export_model, load_model
   from distill_jax.nn import fused_head
   from distill_jax.nn.sharding import make_mesh
@@ -55,7 +55,6 @@ _EXPORTS = {
   "make_mesh": "nn.sharding:make_mesh",
   "open_store": "records.store:open_store",
   "pack": "data.packing:pack",
-  "supports": "losses.supports",
 }
 
 __all__ = [
@@ -82,7 +81,6 @@ __all__ = [
   "make_mesh",
   "open_store",
   "pack",
-  "supports",
 ]
 
 

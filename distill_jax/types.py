@@ -99,7 +99,9 @@ ModelInputs = Inputs | Images | Sounds | SourceTarget | ImageText
 
 
 class Targets(struct.PyTreeNode, kw_only=True):
-  """A teacher's outputs at each position: the base class of the kinds in losses/supports.py.
+  """A teacher's outputs at each position: the base class of the kinds in losses/targets.py.
+
+  A token loss gets the targets of one chunk of positions: the axis T of their arrays is its axis C.
 
   Attributes:
     entropy_BT: float32, the entropy in nats.
@@ -185,7 +187,7 @@ class Batch(struct.PyTreeNode):
   Attributes:
     inputs: the model's inputs, of the type for its family; None if only losses are computed.
     labels_BT: int32 [B, T], the correct token or class.
-    mask_BT: bool [B, T], True at labels that are trained on. It is the only mask.
+    mask_BT: bool [B, T], True at labels that are trained on.
     targets: the teachers' outputs, by teacher.
     smoothing_BT: float32 [B, T], 1 minus the confidence in each label; None for full confidence.
     class_range_BT2: int32 [B, T, 2], the rows [first, past) of the head that are a position's

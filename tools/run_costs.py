@@ -20,7 +20,7 @@ CHIPS_PER_HOST = 4
 
 STREAM_BYTES = 8 * 2**20  # a request of a corpus or a piece of a tensor
 PART_BYTES = 16 * 2**20  # a request of an upload
-RECORD_BYTES = 31.5  # per token, 63 samples; measured
+RECORD_BYTES = 31.5  # per token, 63 samples; the estimate of `preflight` for R1
 PACKED_BYTES = 1.9  # per token; measured (tools/bench/pack.py)
 CORPUS_BYTES = 4.73  # per token; measured (tools/bench/pack.py)
 PACK_SECONDS = 1.1e-6  # core seconds per token; measured (tools/bench/pack.py)

@@ -24,7 +24,7 @@ from distill_jax.losses.policy_gradient import Loss as PolicyGradient
 from distill_jax.losses.pseudo_label import Loss as PseudoLabel
 from distill_jax.losses.relational import Loss as Relational
 from distill_jax.losses.relations import Loss as Relations
-from distill_jax.losses.supports import (
+from distill_jax.losses.targets import (
   DenseTargets,
   LabelTargets,
   SampledTargets,
@@ -58,4 +58,4 @@ __all__ = [
   "logits_loss",
 ]
 
-SHARED = ("divergences", "features", "supports")
+SHARED = ("divergences", "features", "targets")

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.losses._base import BaseLoss, TokenLoss
-from distill_jax.losses.supports import LabelTargets, SampledTargets, SpanTargets, TopKTargets
+from distill_jax.losses.targets import LabelTargets, SampledTargets, SpanTargets, TopKTargets
 from distill_jax.nn import fused_head, label_logp, mesh_in_use, sharding
 from distill_jax.nn.sharding import MeshAxes
 from distill_jax.types import Batch, Mean, Targets

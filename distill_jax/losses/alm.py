@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from distill_jax.errors import bad_value
 from distill_jax.losses import _label_log_probs
 from distill_jax.losses._base import TokenLoss
-from distill_jax.losses.supports import SpanTargets
+from distill_jax.losses.targets import SpanTargets
 from distill_jax.nn import fused_head
 from distill_jax.types import Batch
 

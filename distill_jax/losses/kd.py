@@ -7,8 +7,9 @@ import dataclasses
 import jax
 
 from distill_jax.errors import bad_value
-from distill_jax.losses import divergences, supports
+from distill_jax.losses import divergences
 from distill_jax.losses._base import TokenLoss
+from distill_jax.losses.targets import check_unbiased
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch
 
@@ -47,7 +48,7 @@ class Loss(TokenLoss):
 
   def check_records(self, kind: str, has_logp: bool, temperature: float, missing_mass: str) -> None:
     changes = any(value != temperature for value in self.temperature.values)
-    supports.check(kind, has_logp, self.divergence, changes, missing_mass)
+    check_unbiased(kind, has_logp, self.divergence, changes, missing_mass)
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     temperature = self.temperature(step)

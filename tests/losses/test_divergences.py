@@ -12,8 +12,8 @@ from distill_jax.losses import (
   TopKTargets,
   divergences,
   kd,
-  supports,
 )
+from distill_jax.losses.targets import check_unbiased
 from distill_jax.schedules import constant
 from distill_jax.types import Batch
 
@@ -257,7 +257,7 @@ def test_padding_rows_have_no_probability(problem):
 )
 def test_records_that_would_bias_a_divergence_are_refused(args, message):
   with pytest.raises(InputError, match=message):
-    supports.check(*args)
+    check_unbiased(*args)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,10 @@ class DenseTargets(Targets, kw_only=True):
   def log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns (log p, log q) over the rows of the student's head; padding rows are -inf."""
+    """Returns (log p, log q) over the rows of the student's head, both float32 [B, C, V].
+
+    Padding rows are -inf.
+    """
     logp_BCV = jax.nn.log_softmax(self.aligned_logits(logits_BCV) / temperature)
     return logp_BCV, jax.nn.log_softmax(logits_BCV / temperature)
 
@@ -98,7 +101,10 @@ class TopKTargets(Targets, kw_only=True):
   def log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns (log p, log q) over the outcomes; -inf in unused entries."""
+    """Returns (log p, log q) over the outcomes, both float32; -inf in unused entries.
+
+    Their shape is [B, C, K], or [B, C, K + 1] with a tail bucket, which is the last outcome.
+    """
     used = self.logp_BTK > -jnp.inf
     if self.missing_mass == "renormalise":
       z = jnp.take_along_axis(logits_BCV, self.ids_BTK, -1)
@@ -135,10 +141,10 @@ class SampledTargets(Targets, kw_only=True):
   weight_BTK: jax.Array
   logp_BTK: jax.Array | None = None
 
-  def log_probs(
+  def weighted_log_probs(
     self, logits_BCV: jax.Array, temperature: jax.Array | float = 1.0
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (log p, log q, weight) at the sampled tokens.
+    """Returns (log p, log q, weight) at the sampled tokens, each float32 [B, C, K].
 
     Raises:
       InputError: Log-probabilities are not recorded.
@@ -166,7 +172,7 @@ class SampledTargets(Targets, kw_only=True):
     Raises:
       InputError: Log-probabilities are not recorded.
     """
-    logp, logq, weight = self.log_probs(logits_BCV, temperature)
+    logp, logq, weight = self.weighted_log_probs(logits_BCV, temperature)
     valid = weight > 0
     logp = jnp.where(valid, logp, 0.0)
     return jnp.sum(jnp.where(valid, weight * jnp.exp(-logp) * terms(logp, logq), 0.0), -1)
@@ -179,7 +185,7 @@ class SampledTargets(Targets, kw_only=True):
     keeps the recorded temperature.
     """
     if self.logp_BTK is not None:
-      logp_BCK, logq_BCK, weight_BCK = self.log_probs(logits_BCV, temperature)
+      logp_BCK, logq_BCK, weight_BCK = self.weighted_log_probs(logits_BCV, temperature)
       return jnp.sum(jnp.where(weight_BCK > 0, weight_BCK * (logp_BCK - logq_BCK), 0.0), -1)
     assert self.entropy_BT is not None
     logq_BCK = fused_head.logp_at(logits_BCV / temperature, self.ids_BTK)
@@ -243,7 +249,7 @@ class SpanTargets(Targets, kw_only=True):
     return self.span_left_BT > 0
 
 
-def check(
+def check_unbiased(
   kind: str,
   has_logp: bool,
   divergence: str,
