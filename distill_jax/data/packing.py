@@ -44,7 +44,7 @@ class PackedRow:
   Attributes:
     tokens_T: int32; 0 in padding.
     segments_T: int32, numbered from 1 within the row; 0 in padding.
-    mask_T: bool, True for tokens that are trained on. The first token of a segment is never
+    token_mask_T: bool, True for tokens that are trained on. The first token of a segment is never
       trained on, since no position predicts it (see `label_mask`).
     smoothing_T: float32, the label smoothing, equal for all tokens of a document.
     stop: The number of tokens, in the order of the documents, that are in this row or rows before
@@ -54,13 +54,13 @@ class PackedRow:
 
   tokens_T: np.ndarray
   segments_T: np.ndarray
-  mask_T: np.ndarray
+  token_mask_T: np.ndarray
   smoothing_T: np.ndarray
   stop: int
 
   def record(self) -> dict[str, np.ndarray]:
     """Returns a record without targets; its mask is True at positions whose label is trained on."""
-    mask_T = label_mask(self.segments_T, self.mask_T)
+    mask_T = label_mask(self.segments_T, self.token_mask_T)
     return {"tokens_T": self.tokens_T, "segments_T": self.segments_T, "mask_T": mask_T}
 
 

@@ -78,9 +78,10 @@ def recorded_of(m: Manifest) -> Recorded:
 
 def _packed(stack: Callable[[str], np.ndarray]) -> Batch:
   """Returns packed text as a batch. The label of a position is the next token."""
-  mask: Any = stack("mask_T")
-  rows: Any = model_rows.to_inputs(stack("tokens_T"), stack("segments_T"), mask)
-  return Batch(Inputs(rows.tokens, rows.positions, rows.segments), rows.labels, mask)
+  tokens_BT = stack("tokens_T")
+  labels_BT: Any = model_rows.next_tokens(tokens_BT)
+  mask_BT: Any = stack("mask_T")
+  return Batch(Inputs.of(tokens_BT, stack("segments_T")), labels_BT, mask_BT)
 
 
 def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targets:
@@ -102,6 +103,11 @@ def _targets(records: Sequence[Record], prefix: str, recorded: Recorded) -> Targ
   return TopKTargets(**stored, missing_mass=recorded.missing_mass)
 
 
+def padding_like(record: Record) -> Record:
+  """Returns the record of a padding row: zeros, so that no label is trained on."""
+  return {name: np.zeros_like(x) for name, x in record.items()}
+
+
 def padded_batches(
   examples: Sequence[dict[str, np.ndarray]], rows: Rows, read: Read | None = None
 ) -> Iterator[Batch]:
@@ -112,7 +118,7 @@ def padded_batches(
     rows: The rows that this process holds. The last batch is padded with rows of zeros.
     read: See `collate`.
   """
-  padding = {name: np.zeros_like(x) for name, x in examples[0].items()}
+  padding = padding_like(examples[0])
   for first in range(0, len(examples), rows.size):
     held = (first + rows.held).tolist()
     yield collate([examples[i] if i < len(examples) else padding for i in held], read=read)
@@ -125,7 +131,7 @@ def streamed_batches(examples: Iterable[dict[str, np.ndarray]], rows: Rows) -> I
   """
   stream = iter(examples)
   while taken := list(itertools.islice(stream, rows.size)):
-    padding = {name: np.zeros_like(x) for name, x in taken[0].items()}
+    padding = padding_like(taken[0])
     yield collate([taken[i] if i < len(taken) else padding for i in rows.held.tolist()])
 
 

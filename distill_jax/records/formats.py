@@ -45,15 +45,15 @@ def example(record: Record, m: Manifest) -> Record:
   if m.labels:
     out = {"labels": record["labels_T"], "mask": record["mask_T"]}
   else:
-    mask_T = record["mask_T"]
-    rows = model_rows.to_inputs(record["tokens_T"], record["segments_T"], mask_T)
+    tokens_T, segments_T, mask_T = (record[name] for name in fields.TEXT)
+    positions_T = model_rows.positions(segments_T)
     out = {
-      "inputs": rows.tokens,
-      "inputs_position": rows.positions,
-      "inputs_segmentation": rows.segments,
-      "targets": rows.labels,
-      "targets_position": rows.positions,
-      "targets_segmentation": np.where(mask_T, rows.segments, 0).astype(np.int32),
+      "inputs": tokens_T,
+      "inputs_position": positions_T,
+      "inputs_segmentation": segments_T,
+      "targets": model_rows.next_tokens(tokens_T),
+      "targets_position": positions_T,
+      "targets_segmentation": np.where(mask_T, segments_T, 0),
       "mask": mask_T,
     }
   if SMOOTHING in record:

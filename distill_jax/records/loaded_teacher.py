@@ -101,7 +101,7 @@ class LoadedTeacher:
     key = self._keys["records"]
     if corpus.rollout:  # the noise of rows with the same index differs between rounds
       key = jax.random.fold_in(key, corpus.rollout["round"])
-    padding = {name: np.zeros_like(x) for name, x in corpus.rows[0].items()}
+    padding = collate.padding_like(corpus.rows[0])
 
     def dispatch(index_B: np.ndarray) -> tuple[list[Record], dict[str, jax.Array]]:
       own_B = index_B[rows.held]

@@ -165,12 +165,12 @@ def _sum(values_X: np.ndarray) -> float:
 
 def read(stack: Callable[[str], np.ndarray]) -> Batch:
   """Returns the student's rows as a batch, with the teacher's text as the targets of TEACHER."""
-  tokens, segments, mask = (stack(name) for name in TEXT)
-  ours: Any = model_rows.to_inputs(tokens, segments, mask)
-  mask_BT: Any = mask
+
+  def inputs(prefix: str = "") -> Inputs:
+    return Inputs.of(stack(f"{prefix}tokens_T"), stack(f"{prefix}segments_T"))
+
+  labels_BT: Any = model_rows.next_tokens(stack("tokens_T"))
+  mask_BT: Any = stack("mask_T")
   links_BTLF: Any = stack(LINKS)
-  theirs: Any = model_rows.to_inputs(*(stack(PREFIX + name) for name in TEXT))
-  read = Inputs(theirs.tokens, theirs.positions, theirs.segments)
-  text = TeacherText(inputs=read, links_BTLF=links_BTLF)
-  inputs = Inputs(ours.tokens, ours.positions, ours.segments)
-  return Batch(inputs, ours.labels, mask_BT, {TEACHER: text})
+  text = TeacherText(inputs=inputs(PREFIX), links_BTLF=links_BTLF)
+  return Batch(inputs(), labels_BT, mask_BT, {TEACHER: text})

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from distill_jax.errors import InputError, bad_value
-from distill_jax.records.collate import Read, collate
+from distill_jax.records.collate import Read, collate, padding_like
 from distill_jax.records.fields import Record
 from distill_jax.records.store import RecordSource
 from distill_jax.runtime import extras
@@ -31,7 +31,7 @@ with extras.needed("train"):
   import grain
 
 THREADS, BATCHES_AHEAD = 2, 4
-Place = tuple[int, int]  # number of a store or a length, and index of a record or batch of it
+StoreIndex = tuple[int, int]  # the number of a store, and the index of a record in it
 
 
 def batches(
@@ -74,33 +74,43 @@ def batches(
     raise InputError("A record store is empty. Record it first.")
   lengths = lengths or [1] * len(stores)
   sizes = batch_sizes(lengths, batch_size)
-  places = [
-    grain.MapDataset.range(len(store)).shuffle(seed=seed).repeat().map(functools.partial(_place, n))
-    for n, store in enumerate(stores)
-  ]
   weights = list(mixture) or [len(store) for store in stores]
-  alike = {n: [i for i, other in enumerate(lengths) if other == n] for n in sizes}
-  rows = {
-    n: _mix([places[i] for i in some], [weights[i] for i in some]) for n, some in alike.items()
-  }
-  first = {n: [stores[i].read_many([0])[0] for i in some] for n, some in alike.items() if targets}
-  empty_targets = {n: _empty_targets(records) for n, records in first.items()}
-  _check_targets(first)
-  to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
-  own = {n: list(range(size)) if held is None else held(size).tolist() for n, size in sizes.items()}
-  tokens = [sum(weights[i] * (1 if mixture else n) for i in some) for n, some in alike.items()]
-  numbers = [
-    grain.MapDataset.range(len(rows[n]) // size).map(functools.partial(_place, n))
-    for n, size in sizes.items()
+  shuffled = [
+    grain.MapDataset.range(len(store)).shuffle(seed=seed).repeat().map(functools.partial(_pair, i))
+    for i, store in enumerate(stores)
   ]
-  order = _mix(numbers, tokens)  # element n is the length of batch n, and its number among those
+  # Dicts by length: the numbers of its stores, all rows in order, and a batch's rows held here.
+  numbers = {length: [i for i, n in enumerate(lengths) if n == length] for length in sizes}
+  rows = {
+    length: _mix([shuffled[i] for i in some], [weights[i] for i in some])
+    for length, some in numbers.items()
+  }
+  own = {n: list(range(size)) if held is None else held(size).tolist() for n, size in sizes.items()}
+  first_records = {
+    length: [stores[i].read_many([0])[0] for i in some]
+    for length, some in numbers.items()
+    if targets
+  }
+  empty_targets = {length: _empty_targets(records) for length, records in first_records.items()}
+  _check_targets(first_records)
 
-  def batch(place: Place) -> Batch:
-    length, n = place
-    chosen = [rows[length][n * sizes[length] + i] for i in own[length]]
+  # Element n of the order is the length of batch n, and its number among batches of this length.
+  tokens = [
+    sum(weights[i] * (1 if mixture else length) for i in some) for length, some in numbers.items()
+  ]
+  batches_of_length = [
+    grain.MapDataset.range(len(rows[length]) // size).map(functools.partial(_pair, length))
+    for length, size in sizes.items()
+  ]
+  order = _mix(batches_of_length, tokens)
+  to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
+
+  def batch(n: int) -> Batch:
+    length, number = order[n]
+    chosen = [rows[length][number * sizes[length] + i] for i in own[length]]
     return to_batch(_read(chosen, stores, empty_targets.get(length, {})))
 
-  return read_ahead(lambda n: batch(order[n]), range(start, len(order)))
+  return read_ahead(batch, range(start, len(order)))
 
 
 def read_ahead(batch: Callable[[int], Batch], numbers: range) -> Iterator[Batch]:
@@ -172,7 +182,7 @@ def in_order(
       fields of targets that others have.
   """
   empty_targets = _empty_targets(first)
-  padding = {name: np.zeros_like(x) for name, x in store.read_many([0])[0].items()}
+  padding = padding_like(store.read_many([0])[0])
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
 
   def batch(n: int) -> Batch:
@@ -183,28 +193,28 @@ def in_order(
   return read_ahead(batch, range(-(-len(store) // batch_size)))
 
 
-def _place(store: int, index: int) -> Place:
-  return store, int(index)
+def _pair(first: int, second: int) -> tuple[int, int]:
+  return first, int(second)
 
 
 def _read(
-  places: Sequence[Place], stores: Sequence[RecordSource], empty_targets: Record
+  chosen: Sequence[StoreIndex], stores: Sequence[RecordSource], empty_targets: Record
 ) -> Sequence[Record]:
   """Returns the rows of a batch, after reading those of each store at once.
 
   Args:
-    places: Number of the store, and index of the record in it, of each row.
+    chosen: The record of each row.
     stores: The stores.
     empty_targets: Fields that records without them get; see `_empty_targets`.
   """
   if len(stores) == 1 and not empty_targets:
-    return stores[0].read_many([i for _, i in places])
-  rows: dict[Place, Record] = {}
+    return stores[0].read_many([i for _, i in chosen])
+  rows: dict[StoreIndex, Record] = {}
   for n, store in enumerate(stores):
-    indices = [i for number, i in places if number == n]
+    indices = [i for number, i in chosen if number == n]
     if indices:
       rows |= {(n, i): row for i, row in zip(indices, store.read_many(indices), strict=True)}
-  return [empty_targets | rows[place] for place in places]
+  return [empty_targets | rows[index] for index in chosen]
 
 
 def _empty_targets(first: Sequence[Record]) -> Record:

@@ -13,7 +13,16 @@ from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.losses import DenseTargets, features
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import Batch, FamilyConfig, Model, ModelInputs, Output, PyTree, Recorded
+from distill_jax.types import (
+  Batch,
+  FamilyConfig,
+  Model,
+  ModelInputs,
+  Output,
+  PyTree,
+  Recorded,
+  Targets,
+)
 
 NO_FEATURES = FeatureSpec()
 
@@ -33,6 +42,34 @@ class OtherTokenizer(struct.PyTreeNode):
 
 
 Teachers = Mapping[str, Model | OtherTokenizer]  # online teachers, by name
+
+
+def all_teacher_outputs(
+  batch: Batch,
+  teachers: Teachers,
+  compute: ComputeConfig,
+  spec: FeatureSpec,
+  recorded: Recorded,
+  teacher_config: FamilyConfig | None,
+) -> tuple[dict[str, Targets], dict[str, Features]]:
+  """Returns targets and features of every teacher of a batch, from its records or its model.
+
+  Args:
+    batch: The batch, with the targets of recorded teachers.
+    teachers: The online teachers, by name.
+    compute: The teachers' compute config.
+    spec: The features to extract from online teachers.
+    recorded: Metadata of the recorded targets.
+    teacher_config: See `recorded_features`.
+  """
+  targets, teacher_features = dict(batch.targets), {}
+  for name, t in targets.items():
+    if t.taps_BPTD is not None:
+      teacher_features[name] = recorded_features(t.taps_BPTD, recorded, teacher_config)
+      targets[name] = t.replace(taps_BPTD=None)
+  for name, model in teachers.items():
+    targets[name], teacher_features[name] = teacher_outputs(model, name, batch, compute, spec)
+  return targets, teacher_features
 
 
 def teacher_outputs(

@@ -89,7 +89,7 @@ def prepare(
   adapters = _adapters(step, stores, keys["adapters"])
   if any(fn.fits_adapters and name in adapters for name, fn in step.feature_losses.items()):
     batch = next(device_batches(config, stores, mesh))
-    adapters |= jax.jit(step.fit)((trained, adapters), batch, teachers, base)
+    adapters |= jax.jit(step.fit)(trained, adapters, batch, teachers, base)
   init = jax.jit(step.init, out_shardings=shardings, donate_argnums=0)
   return TrainInputs(init(trained, adapters), teachers, base)
 

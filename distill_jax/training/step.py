@@ -17,12 +17,7 @@ from distill_jax.models.trainables import WHOLE, Trainable
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.training import token_metrics
-from distill_jax.training.outputs import (
-  Teachers,
-  label_each_output,
-  recorded_features,
-  teacher_outputs,
-)
+from distill_jax.training.outputs import Teachers, all_teacher_outputs, label_each_output
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import (
   Batch,
@@ -32,7 +27,6 @@ from distill_jax.types import (
   Output,
   PyTree,
   Recorded,
-  Targets,
 )
 
 Weights = dict[str, jax.Array]  # weights of the losses, by name
@@ -131,13 +125,13 @@ class Step:
     """Returns the state before step 0.
 
     Args:
-      trained: The trained part of the student: a model, its shared layers, or its adapters.
+      trained: The `params` of the state: a model, its shared layers, or its low-rank adapters.
       adapters: Adapters of the losses, by the name of the loss.
     """
     adapters = adapters or {}
     balance = {name: jnp.ones(()) for name in self.losses} if self.balance_every else {}
-    differentiated, _ = params.split(trained, self.trainable.frozen)
-    opt = self.optimizer.init((differentiated, adapters))
+    free, _ = params.split(trained, self.trainable.frozen)
+    opt = self.optimizer.init((free, adapters))
     return TrainState(jnp.zeros((), jnp.int32), trained, adapters, opt, balance)
 
   def __call__(
@@ -158,19 +152,20 @@ class Step:
       The new state, and scalar metrics by name.
     """
     count = count_labels(batch)
-    differentiated, frozen = params.split(state.params, self.trainable.frozen)
+    free, frozen = params.split(state.params, self.trainable.frozen)
     fixed = Fixed(teachers, state.step, count, base, frozen)
-    trained = (differentiated, state.adapters)
+    differentiated = (free, state.adapters)
     pieces = jax.tree.map(self.microbatches, batch)
     weights = {name: fn.weight(state.step) for name, fn in self.losses.items()}
-    balance = self._balance(state, trained, jax.tree.map(lambda x: x[0], pieces), fixed, weights)
+    first = jax.tree.map(lambda x: x[0], pieces)
+    balance = self._balance(state, differentiated, first, fixed, weights)
     scaled = {name: w * balance.get(name, 1.0) for name, w in weights.items()}
-    (loss, means), grads = self._gradient(trained, pieces, fixed, scaled)
+    (loss, means), grads = self._gradient(differentiated, pieces, fixed, scaled)
     with jax.named_scope("update"):
       rate = self.learning_rate(state.step)
-      updates, opt = self.optimizer.update(grads, state.opt, trained, value=loss)
+      updates, opt = self.optimizer.update(grads, state.opt, differentiated, value=loss)
       updates = jax.tree.map(lambda u: -rate * u, updates)
-      updated, adapters = optax.apply_updates(trained, updates)
+      updated, adapters = optax.apply_updates(differentiated, updates)
       new_params = params.join(updated, frozen)
     metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
     metrics |= {name: mean.value() for name, mean in means.items()}
@@ -189,13 +184,13 @@ class Step:
     }
 
   def _gradient(
-    self, trained: PyTree, pieces: Batch, fixed: Fixed, weights: Weights
+    self, differentiated: PyTree, pieces: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[tuple[jax.Array, dict[str, Mean]], PyTree]:
     """Returns ((loss, means), gradient), summed over microbatches [accumulate, B / accumulate]."""
     value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
 
     def micro(piece: Batch) -> PyTree:
-      return value_and_grad(trained, piece, fixed, weights)
+      return value_and_grad(differentiated, piece, fixed, weights)
 
     first = jax.tree.map(lambda x: x[0], pieces)
     if self.accumulate == 1:
@@ -208,18 +203,18 @@ class Step:
     return jax.lax.scan(add, zero, pieces)[0]
 
   def loss(
-    self, trained: PyTree, batch: Batch, fixed: Fixed, weights: Weights
+    self, differentiated: PyTree, batch: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[jax.Array, dict[str, Mean]]:
     """Returns (weighted loss, means of losses and metrics) of one microbatch.
 
     Args:
-      trained: (trained part of the student, adapters of losses), the differentiated argument.
+      differentiated: (the student's parameters that are not frozen, adapters of the losses).
       batch: The microbatch.
       fixed: The other arguments, constants in the gradient.
       weights: Weights of the losses, by name.
     """
-    differentiated, adapters = trained
-    model = self.trainable.model(params.join(differentiated, fixed.frozen), fixed.base)
+    free, adapters = differentiated
+    model = self.trainable.model(params.join(free, fixed.frozen), fixed.base)
     prepared = self.prepare(model, batch, fixed.teachers)
     total, means = self._token_losses(prepared, fixed, weights)
     for name, fn in self.feature_losses.items():
@@ -238,7 +233,9 @@ class Step:
     """Runs the student and the online teachers, and reads the recorded ones."""
     ours, theirs = self.feature_specs()
     out = model(batch.model_inputs, self.student, ours.taps)
-    targets, teacher_features = self._teacher_outputs(batch, teachers, theirs)
+    targets, teacher_features = all_teacher_outputs(
+      batch, teachers, self.teacher, theirs, self.recorded, self.teacher_config
+    )
     labelled = batch.with_contrastive_labels() if out.contrastive else batch
     student = ours.extract(model, out, batch.model_inputs, self.student)
     return Prepared(out, labelled.replace(targets=targets), student, teacher_features)
@@ -265,18 +262,23 @@ class Step:
     )
 
   def fit(
-    self, trained: PyTree, batch: Batch, teachers: Teachers, base: Model | None = None
+    self,
+    trained: PyTree,
+    adapters: dict[str, PyTree],
+    batch: Batch,
+    teachers: Teachers,
+    base: Model | None = None,
   ) -> dict[str, PyTree]:
-    """Returns the adapters of losses that fit them to a first batch, by the name of the loss.
+    """Returns adapters of losses that are fitted to a first batch, by the name of the loss.
 
     Args:
-      trained: (trained part of the student, adapters of losses), as in `loss`.
+      trained: See `init`.
+      adapters: See `init`.
       batch: The batch.
       teachers: The online teachers, by name.
       base: The base model of low-rank adapters, or None.
     """
-    trained_params, adapters = trained
-    model = self.trainable.model(trained_params, base)
+    model = self.trainable.model(trained, base)
     prepared = self.prepare(model, batch, teachers)
     return {
       name: fn.fit(
@@ -302,22 +304,8 @@ class Step:
       ours, theirs = ours | a, theirs | b
     return ours, theirs
 
-  def _teacher_outputs(
-    self, batch: Batch, teachers: Teachers, spec: FeatureSpec
-  ) -> tuple[dict[str, Targets], dict[str, Features]]:
-    """Returns targets and features of every teacher, from its records or its model."""
-    targets, teacher_features = dict(batch.targets), {}
-    for name, t in targets.items():
-      if t.taps_BPTD is not None:
-        teacher_features[name] = recorded_features(t.taps_BPTD, self.recorded, self.teacher_config)
-        targets[name] = t.replace(taps_BPTD=None)
-    for name, model in teachers.items():
-      outputs = teacher_outputs(model, name, batch, self.teacher, spec)
-      targets[name], teacher_features[name] = outputs
-    return targets, teacher_features
-
   def _balance(
-    self, state: TrainState, trained: PyTree, batch: Batch, fixed: Fixed, weights: Weights
+    self, state: TrainState, differentiated: PyTree, batch: Batch, fixed: Fixed, weights: Weights
   ) -> dict[str, jax.Array]:
     """Returns factors that bring the losses' gradient norms into the ratio of their weights.
 
@@ -332,7 +320,7 @@ class Step:
     def norm(one_hot: jax.Array) -> jax.Array:
       alone = dict(zip(names, one_hot, strict=True))
       grad = jax.grad(self.loss, has_aux=True)
-      grads, _ = grad(trained, batch, fixed, alone)
+      grads, _ = grad(differentiated, batch, fixed, alone)
       return optax.tree.norm(grads)
 
     def measure() -> dict[str, jax.Array]:

@@ -74,7 +74,7 @@ def test_every_token_occurs_once_and_blocks_do_not_matter(documents, lengths, at
     assert max(map(len, parts)) > smaller  # otherwise, a smaller row would have held it
   assert [row.stop for row in rows] == [row.stop for row in again]
   for row, other in zip(rows, again, strict=True):
-    for name in ("tokens_T", "segments_T", "mask_T", "smoothing_T"):
+    for name in ("tokens_T", "segments_T", "token_mask_T", "smoothing_T"):
       np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
 
 
@@ -86,7 +86,7 @@ def test_masks_and_label_smoothing_stay_with_their_documents():
   ]
   short, long = pack(docs, 8, None, whole=True)
   assert short.tokens_T.tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
-  assert short.mask_T.tolist() == [False, True, True] + [False] * 5
+  assert short.token_mask_T.tolist() == [False, True, True] + [False] * 5
   assert short.smoothing_T.tolist() == [0.25] * 3 + [0] * 5
   assert long.tokens_T.tolist() == [4] * 7 + [5]
   assert long.smoothing_T.tolist() == [0.5] * 7 + [0.75]

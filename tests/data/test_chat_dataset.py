@@ -79,7 +79,7 @@ def test_labels_are_the_assistants_turns(folder):
   d = data(folder)
   tokenizer, read = load_tokenizer(d.tokenizer), {}
   for row in rows(d):
-    _, _, _, labels, _ = model_rows.to_inputs(row["tokens_T"], row["segments_T"], row["mask_T"])
+    labels = model_rows.next_tokens(row["tokens_T"])
     for s in range(1, row["segments_T"].max() + 1):
       own = row["segments_T"] == s
       chat = tokenizer.decode(row["tokens_T"][own].tolist())

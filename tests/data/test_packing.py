@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.data.model_rows import to_inputs
+from distill_jax.data.model_rows import label_mask, next_tokens, positions
 from distill_jax.data.packing import pack
 from distill_jax.errors import InputError
+from distill_jax.types import Inputs
 
 pytestmark = pytest.mark.smoke
 
@@ -33,9 +34,9 @@ def test_no_token_is_lost_repeated_or_moved(lengths, seq_len, eos_id):
   assert got == laid
   assert len(rows) == -(-len(laid) // seq_len)
   for r in rows:
-    assert r.tokens_T.dtype == r.segments_T.dtype == np.int32 and r.mask_T.dtype == bool
-    assert r.tokens_T.shape == r.segments_T.shape == r.mask_T.shape == (seq_len,)
-    assert np.array_equal(r.mask_T, r.segments_T > 0)
+    assert r.tokens_T.dtype == r.segments_T.dtype == np.int32 and r.token_mask_T.dtype == bool
+    assert r.tokens_T.shape == r.segments_T.shape == r.token_mask_T.shape == (seq_len,)
+    assert np.array_equal(r.token_mask_T, r.segments_T > 0)
     assert not r.tokens_T[r.segments_T == 0].any()
   assert all((r.segments_T > 0).all() for r in rows[:-1])
 
@@ -59,41 +60,40 @@ def test_inputs_and_labels_are_right_at_every_position(lengths, seq_len, random)
   documents = [(d, [random.random() < 0.5 for _ in d]) for d in corpus(lengths)]
   wanted = {t: m for ids, mask in documents for t, m in zip(ids, mask, strict=True)}
   rows = list(pack(documents, seq_len, None))
-  stacked = [np.stack([getattr(r, f) for r in rows]) for f in ("tokens_T", "segments_T", "mask_T")]
-  tokens, positions, segments, labels, mask = to_inputs(*stacked)
-  assert [a.dtype for a in (tokens, positions, segments, labels)] == [np.int32] * 4
-  assert mask.dtype == bool
+  tokens, segments, token_mask = (
+    np.stack([getattr(r, f) for r in rows]) for f in ("tokens_T", "segments_T", "token_mask_T")
+  )
+  labels, mask = next_tokens(tokens), label_mask(segments, token_mask)
+  assert labels.dtype == positions(segments).dtype == np.int32 and mask.dtype == bool
+  inputs = Inputs.of(tokens, segments)
+  np.testing.assert_array_equal(inputs.positions_BT, positions(segments))
   for b in range(len(rows)):
     start = 0
     for t in range(seq_len):
       if t and segments[b, t] != segments[b, t - 1]:
         start = t
-      assert positions[b, t] == t - start
+      assert positions(segments)[b, t] == positions(segments[b])[t] == t - start
       inside = t + 1 < seq_len and segments[b, t] == segments[b, t + 1] != 0
       assert mask[b, t] == (inside and wanted[tokens[b, t + 1]])
       if mask[b, t]:
         assert labels[b, t] == tokens[b, t + 1]
-    one = to_inputs(*(a[b] for a in stacked))
-    assert all(
-      np.array_equal(x, y[b])
-      for x, y in zip(one, (tokens, positions, segments, labels, mask), strict=True)
-    )
+    assert np.array_equal(next_tokens(tokens[b]), labels[b])
+    assert np.array_equal(label_mask(segments[b], token_mask[b]), mask[b])
 
 
 def test_a_worked_example():
   rows = list(pack([[1, 2, 3], [], [4], [5, 6]], 5, 9))
   assert [r.tokens_T.tolist() for r in rows] == [[1, 2, 3, 9, 4], [9, 5, 6, 9, 0]]
   assert [r.segments_T.tolist() for r in rows] == [[1, 1, 1, 1, 2], [1, 2, 2, 2, 0]]
-  _, positions, _, labels, mask = to_inputs(rows[0].tokens_T, rows[0].segments_T, rows[0].mask_T)
-  assert positions.tolist() == [0, 1, 2, 3, 0]
-  assert labels.tolist() == [2, 3, 9, 4, 0]
-  assert mask.tolist() == [True, True, True, False, False]
+  assert positions(rows[0].segments_T).tolist() == [0, 1, 2, 3, 0]
+  assert next_tokens(rows[0].tokens_T).tolist() == [2, 3, 9, 4, 0]
+  assert rows[0].record()["mask_T"].tolist() == [True, True, True, False, False]
 
 
 def test_eos_is_trained_on_if_the_last_token_is():
   trained, not_trained = ([1, 2], [False, True]), ([3, 4], [True, False])
   row = next(pack([trained, not_trained], 6, 9))
-  assert row.mask_T.tolist() == [False, True, True, True, False, False]
+  assert row.token_mask_T.tolist() == [False, True, True, True, False, False]
 
 
 def test_documents_are_read_lazily():
@@ -132,11 +132,8 @@ def test_invalid_arguments_are_errors_at_once():
     pack([[1]], 1, None)
   with pytest.raises(InputError, match="eos_id is -1"):
     pack([[1]], 4, -1)
-  with pytest.raises(InputError, match="one shape"):
-    to_inputs(np.zeros((2, 4)), np.zeros((2, 4)), np.zeros((2, 3)))
 
 
 def test_padding_is_never_trained_on_whatever_the_mask():
   segments = np.array([1, 1, 0, 0, 0])
-  *_, mask = to_inputs(np.array([5, 6, 0, 0, 0]), segments, np.ones(5, bool))
-  assert mask.tolist() == [True, False, False, False, False]
+  assert label_mask(segments, np.ones(5, bool)).tolist() == [True, False, False, False, False]

@@ -116,12 +116,12 @@ def test_behaviour_logp_is_that_of_the_whole_model_without_a_cache(whole):
   loaded = run.model()
   rows = stores["teacher"].read_many(range(8))
   stack = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-  x = model_rows.to_inputs(stack["tokens_T"], stack["segments_T"], stack["mask_T"])
-  inputs = Inputs(*(jax.numpy.asarray(a) for a in (x.tokens, x.positions, x.segments)))
+  inputs = Inputs.of(jax.numpy.asarray(stack["tokens_T"]), stack["segments_T"])
+  labels = model_rows.next_tokens(stack["tokens_T"])
   out = jax.jit(lambda m, i: m(i, loaded.compute))(loaded.model, inputs)
   z = np.float64(out.hidden_BTD) @ np.float64(out.head_VD).T
   logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
-  want = np.take_along_axis(logp, x.labels[..., None], -1)[..., 0]
+  want = np.take_along_axis(logp, labels[..., None], -1)[..., 0]
   mask = stack["mask_T"]
   found = stack["behaviour_logp_T"]
   assert mask.sum() == 8 * 12

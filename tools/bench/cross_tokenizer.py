@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -62,7 +63,7 @@ from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
 from distill_jax.cross_tokenizer.weights import POINT, resample
-from distill_jax.data import corpus, model_rows, packing, sources, tokenizers
+from distill_jax.data import corpus, packing, sources, tokenizers
 from distill_jax.hub.load import load_model
 from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import fused_head, sharding
@@ -112,10 +113,7 @@ def make_teacher(rows: int, seq_len: int, exact_rows: int, chunk: int) -> Teache
   model = load_model(source, mesh, compute)
   text = "\n\n".join(sources.documents(sources.DocumentSource("pydoc", heldout_fraction=0.0)))
   packed = packing.pack([tokenizer.encode(text)], seq_len, tokenizer.eos_id)
-  texts = []
-  for _, row in zip(range(rows), packed, strict=False):
-    mask_T = model_rows.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
-    texts.append({"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": mask_T})
+  texts = [row.record() for row in itertools.islice(packed, rows)]
   manifest = Manifest(
     kind="sampled",
     n=N,

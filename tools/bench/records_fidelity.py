@@ -57,7 +57,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from distill_jax import config
-from distill_jax.data import corpus, model_rows, packing, sources, tokenizers
+from distill_jax.data import corpus, packing, sources, tokenizers
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.load import load_model
 from distill_jax.hub.pretrained import open_model
@@ -357,10 +357,7 @@ def sequences(
   if positions < seq_len or positions % seq_len:
     raise bad_value("--positions", positions, f"a multiple of --seq_len ({seq_len})", "Change one")
   packed = packing.pack([tokenizer.encode(text)], seq_len, tokenizer.eos_id)
-  rows = []
-  for row in itertools.islice(packed, positions // seq_len):
-    mask_T = model_rows.to_inputs(row.tokens_T, row.segments_T, row.mask_T)[-1]
-    rows.append({"tokens_T": row.tokens_T, "segments_T": row.segments_T, "mask_T": mask_T})
+  rows = [row.record() for row in itertools.islice(packed, positions // seq_len)]
   if len(rows) * seq_len < positions or rows[-1]["segments_T"][-1] == 0:
     raise InputError(f"The text is shorter than {positions} tokens. Lower --positions.")
   return rows
