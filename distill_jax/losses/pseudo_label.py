@@ -7,6 +7,7 @@ import dataclasses
 import jax
 
 from distill_jax.errors import InputError
+from distill_jax.losses import _label_log_probs
 from distill_jax.losses._base import TokenLoss
 from distill_jax.nn import fused_head
 from distill_jax.types import Batch
@@ -31,10 +32,11 @@ class Loss(TokenLoss):
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     del step
-    argmax_BC = batch.targets[self.teacher].argmax(logits_BCV)
+    targets = batch.targets[self.teacher]
+    argmax_BC = targets.argmax(logits_BCV)
     if argmax_BC is None:
       raise InputError(
         f"The loss 'pseudo_label' needs the most probable token, but the records of "
         f"{self.teacher!r} lack it. Record again, or set train.online=True."
       )
-    return -fused_head.label_logp(logits_BCV, argmax_BC)
+    return _label_log_probs.where_present(targets, -fused_head.label_logp(logits_BCV, argmax_BC))

@@ -90,8 +90,8 @@ class TopKTargets(Targets, kw_only=True):
   Attributes:
     ids_BTK: int32 token ids.
     logp_BTK: float32, exact log-probabilities; -inf in unused entries.
-    missing_mass: "tail_bucket" (all other tokens are one further outcome; needs temperature 1) or
-      "renormalise" (the k tokens are the only outcomes).
+    missing_mass: "tail_bucket" (all other tokens are one further outcome; needs the recorded
+      temperature) or "renormalise" (the k tokens are the only outcomes).
   """
 
   ids_BTK: jax.Array
@@ -114,7 +114,8 @@ class TopKTargets(Targets, kw_only=True):
         jax.nn.log_softmax(logp, where=used, axis=-1),
         jax.nn.log_softmax(logq, where=used, axis=-1),
       )
-    logq = jnp.where(used, fused_head.logp_at(logits_BCV, self.ids_BTK), -jnp.inf)
+    logq = fused_head.logp_at(logits_BCV / temperature, self.ids_BTK)
+    logq = jnp.where(used, logq, -jnp.inf)
     return _with_tail(self.logp_BTK), _with_tail(logq)
 
   def divergence(
@@ -155,19 +156,20 @@ class SampledTargets(Targets, kw_only=True):
       )
     valid = self.weight_BTK > 0
     logp = jnp.where(valid, self.logp_BTK, 0.0)
-    tilt = jnp.where(valid, self.weight_BTK * jnp.exp((1 / temperature - 1) * logp), 0.0)
-    mass = jnp.sum(tilt, -1, keepdims=True)  # estimates sum_i p_i^(1/temperature)
+    power = self.temperature / temperature  # from the recorded temperature to this one
+    tilt = jnp.where(valid, self.weight_BTK * jnp.exp((power - 1) * logp), 0.0)
+    mass = jnp.sum(tilt, -1, keepdims=True)  # estimates sum_i p_i^power
     mass = jnp.where(mass > 0, mass, 1.0)  # a masked position has no entries
     logq = fused_head.logp_at(logits_BCV / temperature, self.ids_BTK)
-    return logp / temperature - jnp.log(mass), logq, tilt / mass
+    return power * logp - jnp.log(mass), logq, tilt / mass
 
   def divergence(
     self, terms: Terms, logits_BCV: jax.Array, temperature: jax.Array | float
   ) -> jax.Array:
     """Returns an estimate of the divergence at each position, float32 [B, C].
 
-    The estimate is unbiased at temperature 1. At other temperatures it is consistent, with
-    self-normalised weights p^(1/temperature - 1).
+    The estimate is unbiased at the recorded temperature T0. At others it is consistent, with
+    self-normalised weights p^(T0 / temperature - 1).
 
     Raises:
       InputError: Log-probabilities are not recorded.
@@ -189,7 +191,8 @@ class SampledTargets(Targets, kw_only=True):
       return jnp.sum(jnp.where(weight_BCK > 0, weight_BCK * (logp_BCK - logq_BCK), 0.0), -1)
     assert self.entropy_BT is not None
     logq_BCK = fused_head.logp_at(logits_BCV / temperature, self.ids_BTK)
-    return -self.entropy_BT - jnp.sum(self.weight_BTK * logq_BCK, -1)
+    weighted = jnp.where(self.weight_BTK > 0, self.weight_BTK * logq_BCK, 0.0)  # not 0 * -inf
+    return -self.entropy_BT - jnp.sum(weighted, -1)
 
   def present(self) -> jax.Array:
     return jnp.any(self.weight_BTK > 0, -1)

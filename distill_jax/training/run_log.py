@@ -91,15 +91,15 @@ class Log:
         time of a step.
 
     Raises:
-      FloatingPointError: The loss is not finite.
+      FloatingPointError: The loss or the gradient is not finite.
     """
     if self._pending is None:
       return
     (n, metrics), self._pending = self._pending, None
     row = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    if not math.isfinite(row["loss"]):
+    if wrong := [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]:
       raise FloatingPointError(
-        f"The loss of step {n} is {row['loss']}. The last good checkpoint is kept in "
+        f"The {wrong[0]} of step {n} is {row[wrong[0]]}. The last good checkpoint is kept in "
         f"{self._workdir}. Lower optim.peak_lr, or check the data of that step."
       )
     row |= self._clock(row["tokens"])

@@ -77,6 +77,8 @@ class SpanStore:
 
   def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
     """Returns the records of some indices."""
+    if not indices:  # a batch of which this process holds padding alone
+      return []
     rows = self.store.read_many(indices)
     aligned = align_rows(self.tables, rows, self.manifest.seq_len)
     if LABEL_LOGP.read in rows[0]:

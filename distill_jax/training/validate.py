@@ -209,12 +209,28 @@ def check_records(config: Config, stores: Stores) -> None:
   reads_targets = any(
     isinstance(fn, TokenLoss) and "teacher" in fn.teacher_names for fn in config.losses.values()
   )
+  _check_temperatures(config, stores)
   conventions = {manifest.missing_mass for manifest in kept.values()}
   if len(conventions) > 1 and reads_targets and not config.train.online:
     named = ", ".join(f"{path} ({m.kind}, {m.missing_mass})" for path, m in kept.items())
     raise InputError(
       f"The stores to mix are {named}; expected the same kind and missing_mass in all. Record them "
       "with the same settings."
+    )
+
+
+def _check_temperatures(config: Config, stores: Stores) -> None:
+  """Raises InputError if the targets of a batch would have several temperatures."""
+  recorded = [] if config.train.online else [store.manifest for store in stores]
+  recorded += [other.manifest for store in stores for other in store.others.values()]
+  found = sorted({m.temperature for m in recorded if m.kind != "text"})
+  if len(found) > 1:
+    named = ", ".join(f"{temperature:g}" for temperature in found)
+    raise bad_value(
+      "records.temperature",
+      named,
+      "one temperature for all stores and teachers of a run",
+      "Record them with the same temperature",
     )
 
 

@@ -12,6 +12,7 @@ from distill_jax.losses import (
   TopKTargets,
   divergences,
   kd,
+  pseudo_label,
 )
 from distill_jax.losses.targets import check_unbiased
 from distill_jax.schedules import constant
@@ -190,6 +191,69 @@ def test_forward_kl_from_counts_and_at_other_temperatures(problem, T):
     counts = with_logp.replace(logp_BTK=None)
     got = loss.token_loss(jnp.float32(z), batch.replace(targets={"teacher": counts}), 0)
     np.testing.assert_allclose(got, kl(p, softmax(z)), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("T", [0.7, 2.0])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_records_of_another_temperature_than_1(problem, name, T):
+  """Records of temperature 2 hold probabilities at it; those with logp have every temperature."""
+  recorded = 2.0
+  z = problem[0]
+  teacher = dense_targets(problem)[1]
+  p, q = softmax(teacher / T), softmax(z / T)
+  formula = {"forward_kl": lambda q: kl(p, q), "reverse_kl": lambda q: kl(q, p)}[name]
+  stored = softmax(teacher / recorded)
+  targets = [sampled_everything(stored).replace(temperature=recorded)]
+  if recorded == T:
+    ids = np.argsort(-stored, -1)[..., : V - 1]  # of one token, the tail is that token
+    top = np.take_along_axis(stored, ids, -1)
+    targets.append(
+      TopKTargets(
+        ids_BTK=jnp.asarray(ids, jnp.int32), logp_BTK=jnp.float32(np.log(top)), temperature=T
+      )
+    )
+    if name == "forward_kl":
+      targets.append(targets[0].replace(logp_BTK=None))
+  loss = kd.Loss(temperature=constant(T), divergence=name)
+  want = numerical_gradient(lambda z: formula(softmax(z / T)), z)
+  for one in targets:
+    batch = Batch(None, None, None, {"teacher": one})
+    got, pull = jax.vjp(
+      lambda z, batch=batch: loss.token_loss(z, batch, 0) / T**2, jnp.asarray(z, jnp.float32)
+    )
+    np.testing.assert_allclose(got, formula(q), rtol=3e-5, atol=2e-6)
+    # Of T = 0.7, probabilities have the power 2 / 0.7 and with it 3 times the rounding errors.
+    np.testing.assert_allclose(pull(jnp.ones_like(got))[0], want, atol=1e-5)
+
+
+def test_unused_entries_of_samples_at_a_row_without_probability_add_nothing(problem):
+  """Tasks share a head: row 0, the id of unused entries, may belong to another task."""
+  z = np.float32(problem[0]).copy()
+  z[..., 0] = -np.inf
+  ids, weight = np.zeros((B, C, 3), np.int32), np.zeros((B, C, 3), np.float32)
+  ids[..., :2], weight[..., :2] = (5, 9), (0.25, 0.75)
+  targets = SampledTargets(
+    ids_BTK=jnp.asarray(ids), weight_BTK=jnp.asarray(weight), entropy_BT=jnp.zeros((B, C))
+  )
+  got, pull = jax.vjp(lambda z: targets.forward_kl(z, 1.0), jnp.asarray(z))
+  q = softmax(np.float64(z))
+  np.testing.assert_allclose(got, -0.25 * np.log(q[..., 5]) - 0.75 * np.log(q[..., 9]), rtol=1e-5)
+  assert np.isfinite(pull(jnp.ones_like(got))[0][..., 1:]).all()
+
+
+def test_the_pseudo_label_skips_positions_without_targets(problem):
+  """A mixture with text has zeros in place of its targets, and 0 is a token."""
+  z = jnp.float32(problem[0])
+  weight = np.ones((B, C, 1), np.float32)
+  weight[0] = 0
+  targets = SampledTargets(
+    ids_BTK=jnp.full((B, C, 1), 7),
+    weight_BTK=jnp.asarray(weight),
+    argmax_BT=jnp.full((B, C), 7).at[0].set(0),
+  )
+  loss = pseudo_label.Loss().token_loss(z, Batch(None, None, None, {"teacher": targets}), 0)
+  assert not loss[0].any()
+  np.testing.assert_allclose(loss[1], -np.log(softmax(np.float64(z))[1, :, 7]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", divergences.ALL)
