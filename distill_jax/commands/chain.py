@@ -93,6 +93,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
   for link in planned.values():
     if not (link.folder / DONE).exists():
       json_io.write_json_once(link.folder / DONE, _run(link))
+      distributed.Preemption.check_late("chain", "finished links are kept")
   if (workdir / SCORES).exists():
     result = json_io.read_object(workdir / SCORES, "delete it and run chain again")
   else:
@@ -336,6 +337,7 @@ def _check_tokenizer(config: Config, student: ModelSource, digest: str, teaches:
 def _run(link: PlannedLink) -> JsonObject:
   """Runs the unfinished parts of a link; returns the metrics of its last training step."""
   record.run(link.config, link.folder / "records")
+  distributed.Preemption.check_late("chain", "finished records are kept")
   if link.is_cut and not (link.folder / MADE).exists():
     model = storage.location(link.folder / "model")
     # A folder without MADE was left by an interrupted command.

@@ -184,6 +184,7 @@ def _stage(workdir: Path, name: str, doing: str, work: Callable[[], JsonObject])
   result = work()
   path.parent.mkdir(exist_ok=True)
   json_io.write_json_once(path, result)
+  distributed.Preemption.check_late("distill", "finished stages are kept")
   return result
 
 

@@ -95,7 +95,9 @@ class StoreWriter:
     self._store, self._tokenizer = store, tokenizer
     self._spec = store.spec(tokenizer.vocab_size)
     self._seq_len = store.config.data.seq_len
-    self._rows_per_shard = store.config.records.sequences_per_shard(self._seq_len)
+    found = manifest_lib.find(store.config.generate.records_dir)
+    planned = store.config.records.sequences_per_shard(self._seq_len)
+    self._rows_per_shard = found.sequences_per_shard if found else planned
     self.frontier = self.count = 0
     self.result: JsonObject = {}
     self._skip = 0  # the number of texts of the prompt `frontier` that are in finished shards
@@ -192,6 +194,7 @@ class StoreWriter:
       teacher=self._store.teacher.identity if self._store.records else {},
       tokenizer=self._tokenizer.digest,
       corpus=self._corpus,
+      sequences_per_shard=self._rows_per_shard,
     )
     self._writer = self._open.enter_context(Writer(folder, manifest))
     self._finished = {shard.first for shard in self._writer.finished()}

@@ -117,7 +117,8 @@ def pairs(layers: str, student: int, teacher: int) -> Pairs:
 
   Args:
     layers: "uniform" (each student layer with a teacher layer at equal steps, the last with the
-      last, as in TinyBERT, arXiv:1909.10351), "last", or pairs such as "0:4 5:29".
+      last, as in TinyBERT, arXiv:1909.10351; of a deeper student several with one), "last", or
+      pairs such as "0:4 5:29".
     student: Number of layers of the student.
     teacher: Number of layers of the teacher.
 
@@ -125,7 +126,7 @@ def pairs(layers: str, student: int, teacher: int) -> Pairs:
     InputError: A pair is not two numbers, or a layer does not exist.
   """
   if layers == "uniform":
-    return tuple((i, (i + 1) * teacher // student - 1) for i in range(student))
+    return tuple((i, max(0, (i + 1) * teacher // student - 1)) for i in range(student))
   if layers == "last":
     return ((student - 1, teacher - 1),)
   try:

@@ -40,7 +40,8 @@ class ModelOptions:
   """Dtype of matrix products and activations, e.g. "bfloat16". Norms, softmax and losses are
   computed in float32."""
   param_dtype: str = "float32"
-  """Dtype of the parameters in memory: "float32", "bfloat16" or "float16"."""
+  """Dtype of the parameters in memory: "float32", "bfloat16" or "float16". The moments of the
+  optimizer are in float32."""
   remat: str = "none"
   """Activations kept for the backward pass: "none" keeps all except those of norms, activation
   functions and attention scores, "dots" keeps the results of matrix products, "offload" keeps these

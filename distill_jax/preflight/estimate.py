@@ -103,8 +103,7 @@ def argument_bytes(config: Config, verb: str, mesh: jax.sharding.Mesh) -> int:
   width = jnp.dtype(config.student.param_dtype).itemsize
   base = model_bytes(student, mesh) if student.trainable.has_base else 0
   part, _ = params.split(student.abstract_trainable, student.trainable.frozen)
-  # The first moments are in float32, the second like the weights.
-  moments = _placed_bytes(part, student.compute, mesh) * (4 + width) / width
+  moments = _placed_bytes(part, student.compute, mesh) * 8 / width  # both are in float32
   return round(teacher + base + trained + moments)
 
 

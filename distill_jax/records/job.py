@@ -149,6 +149,8 @@ def record(
         progress.begin("waits for the teacher")
     for part in parts:
       if part.missing:
+        if part is not parts[0]:
+          distributed.Preemption.check_late(verb, "finished shards are kept")
         _write_on_all_processes(verb, part, teacher, progress)
       distributed.barrier("recorded")
       distributed.run_on_process_0(functools.partial(_complete, part))

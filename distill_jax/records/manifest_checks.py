@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from distill_jax.errors import bad_value
@@ -36,6 +37,8 @@ def _check_distribution(m: Manifest) -> None:
   if m.missing_mass not in conventions:
     expected = f"{' or '.join(map(repr, conventions))} for kind {m.kind!r}"
     raise bad_value("records.missing_mass", m.missing_mass, expected, "Correct it")
+  if not 0 < m.temperature < math.inf:
+    raise bad_value("records.temperature", m.temperature, "a number above 0", "Correct it")
   if m.temperature != 1.0 and m.kind == "dense":
     raise bad_value(
       "records.temperature",

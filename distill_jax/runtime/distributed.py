@@ -252,8 +252,10 @@ class Preemption:
       self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
     self._active.remove(self)
+    if error is not None and not self._active:  # the work has stopped
+      Preemption._signalled = False
     if self._handles:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
@@ -294,6 +296,20 @@ class Preemption:
     """Returns True if the only process of a run shall stop, for work that waits for others."""
     is_single = jax.process_count() == 1 and not cls._deferred
     return is_single and bool(cls._active) and cls._signalled
+
+  @classmethod
+  def check_late(cls, verb: str, kept: str) -> None:
+    """Stops a command with more work if SIGTERM arrived too late for the work of the last context.
+
+    Args:
+      verb: See `stop`.
+      kept: See `stop`.
+
+    Raises:
+      Preempted: SIGTERM arrived, on all processes.
+    """
+    if cls._signalled and not cls._active:
+      raise cls.stop(verb, kept)
 
   @staticmethod
   def stop(verb: str, kept: str) -> Preempted:

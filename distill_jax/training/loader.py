@@ -87,12 +87,11 @@ def batches(
   }
   own = {n: list(range(size)) if held is None else held(size).tolist() for n, size in sizes.items()}
   first_records = {
-    length: [stores[i].read_many([0])[0] for i in some]
-    for length, some in numbers.items()
-    if targets
+    length: [stores[i].read_many([0])[0] for i in some] for length, some in numbers.items()
   }
-  empty_targets = {length: _empty_targets(records) for length, records in first_records.items()}
-  _check_targets(first_records)
+  empty_fields = {length: _empty_fields(records) for length, records in first_records.items()}
+  if targets:
+    _check_targets(first_records)
 
   # Element n of the order is the length of batch n, and its number among batches of this length.
   tokens = [
@@ -108,7 +107,7 @@ def batches(
   def batch(n: int) -> Batch:
     length, number = order[n]
     chosen = [rows[length][number * sizes[length] + i] for i in own[length]]
-    return to_batch(_read(chosen, stores, empty_targets.get(length, {})))
+    return to_batch(_read(chosen, stores, empty_fields[length]))
 
   return read_ahead(batch, range(start, len(order)))
 
@@ -181,14 +180,14 @@ def in_order(
     first: The first record of each store with the same sequence length, some of which may lack
       fields of targets that others have.
   """
-  empty_targets = _empty_targets(first)
+  empty_fields = _empty_fields(first)
   padding = padding_like(store.read_many([0])[0])
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
 
   def batch(n: int) -> Batch:
     own = [n * batch_size + i for i in held.tolist()]
     records = iter(store.read_many([i for i in own if i < len(store)]))
-    return to_batch([empty_targets | (next(records) if i < len(store) else padding) for i in own])
+    return to_batch([empty_fields | (next(records) if i < len(store) else padding) for i in own])
 
   return read_ahead(batch, range(-(-len(store) // batch_size)))
 
@@ -198,27 +197,27 @@ def _pair(first: int, second: int) -> tuple[int, int]:
 
 
 def _read(
-  chosen: Sequence[StoreIndex], stores: Sequence[RecordSource], empty_targets: Record
+  chosen: Sequence[StoreIndex], stores: Sequence[RecordSource], empty_fields: Record
 ) -> Sequence[Record]:
   """Returns the rows of a batch, after reading those of each store at once.
 
   Args:
     chosen: The record of each row.
     stores: The stores.
-    empty_targets: Fields that records without them get; see `_empty_targets`.
+    empty_fields: Fields that records without them get; see `_empty_fields`.
   """
-  if len(stores) == 1 and not empty_targets:
+  if len(stores) == 1 and not empty_fields:
     return stores[0].read_many([i for _, i in chosen])
   rows: dict[StoreIndex, Record] = {}
   for n, store in enumerate(stores):
     indices = [i for number, i in chosen if number == n]
     if indices:
       rows |= {(n, i): row for i, row in zip(indices, store.read_many(indices), strict=True)}
-  return [empty_targets | rows[index] for index in chosen]
+  return [empty_fields | rows[index] for index in chosen]
 
 
-def _empty_targets(first: Sequence[Record]) -> Record:
-  """Returns zeros for the fields of targets that are missing in some of the stores.
+def _empty_fields(first: Sequence[Record]) -> Record:
+  """Returns zeros for the fields, e.g. of targets, that are missing in some of the stores.
 
   Args:
     first: The first record of each store.

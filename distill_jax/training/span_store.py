@@ -77,7 +77,7 @@ class SpanStore:
 
   def read_many(self, indices: Sequence[SupportsIndex]) -> list[Record]:
     """Returns the records of some indices."""
-    if not indices:  # a batch of which this process holds padding alone
+    if not len(indices):  # a batch of which this process holds padding alone
       return []
     rows = self.store.read_many(indices)
     aligned = align_rows(self.tables, rows, self.manifest.seq_len)

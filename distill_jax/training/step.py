@@ -186,11 +186,15 @@ class Step:
   def _gradient(
     self, differentiated: PyTree, pieces: Batch, fixed: Fixed, weights: Weights
   ) -> tuple[tuple[jax.Array, dict[str, Mean]], PyTree]:
-    """Returns ((loss, means), gradient), summed over microbatches [accumulate, B / accumulate]."""
+    """Returns ((loss, means), gradient), summed over microbatches [accumulate, B / accumulate].
+
+    Gradients of parameters in bfloat16 are summed and returned in float32.
+    """
     value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
 
     def micro(piece: Batch) -> PyTree:
-      return value_and_grad(differentiated, piece, fixed, weights)
+      made = value_and_grad(differentiated, piece, fixed, weights)
+      return jax.tree.map(lambda x: x.astype(jnp.float32), made)
 
     first = jax.tree.map(lambda x: x[0], pieces)
     if self.accumulate == 1:

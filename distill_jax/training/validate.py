@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
-from distill_jax.losses import BaseLoss, TokenLoss
+from distill_jax.losses import CE, BaseLoss, TokenLoss
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
@@ -22,6 +22,9 @@ from distill_jax.training.span_store import SpanStore
 from distill_jax.training.step import Step
 from distill_jax.training.stores import OneStore, Stores
 from distill_jax.types import IN_BATCH_CLASSES
+
+# Metrics of a step; a loss with one of these names would take its place.
+METRICS = ("loss", "ce", "entropy", "perplexity", "tokens", "grad_norm", "learning_rate", "step")
 
 
 def check_run(config: Config, stores: Stores, student: ModelSource | None = None) -> None:
@@ -64,11 +67,15 @@ def check_mesh(config: Config, stores: Stores, models: Sequence[ModelSource], me
 
 
 def check_losses(config: Config) -> None:
-  """Raises InputError if `losses` is empty or all weights are 0."""
+  """Raises InputError if `losses` is empty, all weights are 0, or a name is that of a metric."""
   if not config.losses:
     raise bad_value("losses", {}, "one loss or more", "Add e.g. ce or kd")
   if all(v == 0 for fn in config.losses.values() for v in fn.weight.values):
     raise InputError("The weights of all losses are 0. Set one above 0.")
+  for name, fn in config.losses.items():
+    if name in METRICS and not (name == "ce" and isinstance(fn, CE)):
+      expected = "a name that no metric of a step has"
+      raise bad_value("The name of a loss", name, expected, f"Rename losses.{name}")
 
 
 def check_accumulation(config: Config, stores: Stores) -> None:

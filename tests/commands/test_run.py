@@ -235,6 +235,13 @@ def test_losses_that_records_do_not_support_raise(tiny_run, tmp_path):
   ):
     train(c, tmp_path / "refused6")
   c = tiny.tiny(tiny_run)
+  c.records.temperature = 2.0
+  record(c, tmp_path / "hot")
+  c.train.records = (str(tiny_run / "records"), str(tmp_path / "hot"))
+  c.losses = {"pseudo": config.loss("pseudo_label")}
+  with pytest.raises(InputError, match="temperature is 1, 2; expected one temperature for all"):
+    train(c, tmp_path / "refused7")
+  c = tiny.tiny(tiny_run)
   c.train.records = (str(tiny_run / "text"),)
   with pytest.raises(InputError, match="only hold text or labels"):
     train(c, tmp_path / "refused3")

@@ -210,6 +210,7 @@ def test_tokens_that_differ_only_by_rounding_have_no_direction(mask):
 
 def test_layer_pairs():
   assert features.pairs("uniform", 3, 12) == ((0, 3), (1, 7), (2, 11))
+  assert features.pairs("uniform", 4, 2) == ((0, 0), (1, 0), (2, 0), (3, 1))
   assert features.pairs("last", 3, 12) == ((2, 11),)
   assert features.pairs("0:4 2:11", 3, 12) == ((0, 4), (2, 11))
   for bad in ("0:12", "3:0", "zero:1", ""):

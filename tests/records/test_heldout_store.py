@@ -17,7 +17,8 @@ from tiny_store import contents
 from distill_jax import config
 from distill_jax.commands import inspect, pack
 from distill_jax.data.tokenizers import load_tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, Preempted
+from distill_jax.records.shard_buffer import ShardBuffer
 from distill_jax.records.store import open_store
 from distill_jax.runtime import files, storage
 
@@ -47,6 +48,27 @@ def test_the_stores_are_those_of_two_commands(both, tmp_path):
   run(c, tmp_path / "heldout")
   assert contents(tmp_path / "train") == contents(both / "records")
   assert contents(tmp_path / "heldout") == contents(both / "records" / "heldout")
+
+
+def test_sigterm_in_the_last_batch_of_a_store_stops_before_the_next_store(
+  both, tmp_path, monkeypatch
+):
+  add, rows = ShardBuffer.add, []
+
+  def add_and_signal(self, records):
+    add(self, records)
+    rows.extend(records)
+    if len(rows) == ROWS:
+      signal.raise_signal(signal.SIGTERM)
+
+  c = made(tmp_path)
+  with monkeypatch.context() as patched:
+    patched.setattr(ShardBuffer, "add", add_and_signal)
+    with pytest.raises(Preempted, match="finished shards are kept"):
+      run(c, tmp_path / "records")
+  assert len(rows) == ROWS
+  run(c, tmp_path / "records")
+  same(tmp_path / "records", both / "records")
 
 
 def test_both_stores_are_described(both):

@@ -195,6 +195,7 @@ def test_invalid_manifest_fields_are_refused():
   for change, word in [
     ({"kind": "topk"}, "tail_bucket"),
     ({"missing_mass": "renormalise"}, "none"),
+    ({"temperature": 0.0}, "records.temperature is 0.0; expected a number above 0"),
     ({"kind": "topk", "missing_mass": "renormalise", "temperature": 2.0}, "temperature"),
     (
       {"kind": "dense", "missing_mass": "renormalise"},

@@ -46,6 +46,23 @@ def test_batches_depend_only_on_the_seed():
   assert np.any(read([Store(40)], 5) != read([Store(40)], 5, seed=1))
 
 
+@pytest.mark.parametrize("targets", [True, False])
+def test_stores_with_and_without_label_smoothing_are_mixed(targets):
+  """With an online teacher (targets=False), too."""
+
+  class Smoothed(Store):
+    def read_many(self, indices):
+      smoothing_T = np.full(self.length, 0.25, np.float32)
+      return [row | {"smoothing_T": smoothing_T} for row in super().read_many(indices)]
+
+  batches = loader.batches(
+    [Store(6), Smoothed(6, first=100)], batch_size=4, seed=0, targets=targets
+  )
+  for batch in itertools.islice(batches, 6):
+    is_smoothed_B = batch.inputs.tokens_BT[:, 0] >= 100
+    np.testing.assert_array_equal(batch.smoothing_BT[:, 0], np.where(is_smoothed_B, 0.25, 0))
+
+
 def test_starting_at_a_step_continues_the_same_batches():
   whole = read([Store(10)], 9)
   for start in (1, 4, 7):  # in and past the first epoch

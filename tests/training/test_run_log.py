@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, Preempted
 from distill_jax.runtime import distributed
 from distill_jax.training import run_log
 from distill_jax.training.metric_writer import read_metrics
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.smoke
 def test_goodput_is_the_share_of_time_in_steps(tmp_path, monkeypatch):
   """Steps take 2 s; compiling takes 10 s before the first, saving 4 s after the third."""
   times = iter([110.0, 112.0, 114.0, 118.0, 120.0])  # row, row, row, saved, row
-  metrics = {"loss": jnp.float32(1.0), "tokens": jnp.float32(64.0)}
+  metrics = {name: jnp.float32(x) for name, x in (("loss", 1), ("grad_norm", 1), ("tokens", 64))}
   monkeypatch.setattr(run_log, "Progress", lambda *_, **__: Silent())
   with Log(tmp_path, 0, 4, 100.0, lambda: next(times)) as it:
     it.saved()  # before the first step, of a round
@@ -52,12 +52,14 @@ class Silent:
     pass
 
 
-def test_a_loss_that_is_not_finite_writes_no_row(tmp_path):
+@pytest.mark.parametrize("name, value", [("loss", jnp.nan), ("grad_norm", jnp.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_writes_no_row(tmp_path, name, value):
+  metrics = dict.fromkeys(("loss", "grad_norm", "tokens"), jnp.float32(1))
   with (
-    pytest.raises(FloatingPointError, match="loss of step 0 is nan"),
+    pytest.raises(FloatingPointError, match=f"{name} of step 0 is {value}"),
     Log(tmp_path, 0, 2, time.monotonic()) as it,
   ):
-    it.step(0, {"loss": jnp.float32(jnp.nan), "tokens": jnp.float32(1)})
+    it.step(0, metrics | {name: jnp.float32(value)})
     it.flush()
   assert read_metrics(tmp_path) == []
 
@@ -84,6 +86,18 @@ def test_sigterm_is_caught_and_the_old_handler_is_restored():
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.reached() and preemption.reached()
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_at_the_end_of_one_work_stops_the_command_before_the_next():
+  check = lambda: distributed.Preemption.check_late("distill", "finished stages are kept")
+  with distributed.Preemption():
+    signal.raise_signal(signal.SIGTERM)  # after the last check
+  with pytest.raises(Preempted, match="distill received SIGTERM; finished stages are kept"):
+    check()
+  with pytest.raises(Preempted), distributed.Preemption() as stopped:
+    signal.raise_signal(signal.SIGTERM)
+    raise stopped.stop("train", "step 3 is saved")
+  check()
 
 
 def test_sigterm_stops_sampling_in_training_but_not_its_evaluation():

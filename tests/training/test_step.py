@@ -200,3 +200,33 @@ def test_plateau_halves_the_rate():
     updates, state = tx.update({"w": jnp.ones((2, 2))}, state, p, value=jnp.asarray(1.0))
     sizes.append(float(updates["w"][0, 0]))
   np.testing.assert_allclose(sizes, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125], rtol=1e-6)
+
+
+def test_the_second_moment_of_bfloat16_parameters_follows_the_gradient():
+  """In bfloat16, it would neither reach the squared gradient nor fall again."""
+  tx = optim.optimizer(config.OptimOptions(b2=0.999, clip_norm=1e9))
+  p = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+
+  @jax.jit
+  def steps(state, g):
+    updates = {"w": jnp.full((2, 2), g, jnp.bfloat16)}
+    return jax.lax.fori_loop(0, 3000, lambda _, s: tx.update(updates, s, p, value=1.0)[1], state)
+
+  state, decay = tx.init(p), 0.999**3000
+  for g, want in ((1.0, 1 - decay), (0.0, decay - decay**2)):
+    state = steps(state, g)
+    leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+    (second,) = [x for path, x in leaves.items() if ".nu" in path]
+    np.testing.assert_allclose(second, want, rtol=1e-3)
+
+
+def test_gradients_of_bfloat16_microbatches_are_summed_in_float32():
+  """Of 8 equal microbatches, the gradient is that of one of them."""
+  model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model(0))
+  batch = make_batch()
+  rows = jax.tree.map(lambda x: x[:1], batch)
+  many = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, 0), batch)
+  norm = lambda b, n: jax.jit(make_step(accumulate=n))(make_step(accumulate=n).init(model), b, {})
+  one, eight = norm(rows, 1)[1]["grad_norm"], norm(many, 8)[1]["grad_norm"]
+  # Each microbatch is an eighth of the gradient, a power of two, so that only the sum is rounded.
+  np.testing.assert_allclose(eight, one, rtol=1e-5)
