@@ -27,7 +27,7 @@ if TYPE_CHECKING:
   from distill_jax.nn import fused_head
   from distill_jax.nn.sharding import make_mesh
   from distill_jax.records.manifest import Manifest
-  from distill_jax.records.recording import Recorder
+  from distill_jax.records.recorder import Recorder
   from distill_jax.records.store import Store, open_store
   from distill_jax.schedules import Schedule
   from distill_jax.types import Batch, Inputs, Mean, Output, Targets
@@ -40,7 +40,7 @@ _EXPORTS = {
   "Manifest": "records.manifest:Manifest",
   "Mean": "types:Mean",
   "Output": "types:Output",
-  "Recorder": "records.recording:Recorder",
+  "Recorder": "records.recorder:Recorder",
   "Schedule": "schedules:Schedule",
   "Store": "records.store:Store",
   "Targets": "types:Targets",

@@ -35,7 +35,7 @@ from distill_jax.errors import bad_value
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.records import manifest as manifest_lib
-from distill_jax.records import packed_text, planned_stores, recorder
+from distill_jax.records import packed_text, planned_stores, recording
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.store import Store, open_store
@@ -111,7 +111,7 @@ def _pack(config: Config, teacher: ModelSource, folder: Path) -> int:
   planned = []
   for length, name in data.folder_of_length.items():
     manifest = dataclasses.replace(
-      recorder.planned_manifest(options, tokenizer.vocab_size, 1, length),
+      recording.planned_manifest(options, tokenizer.vocab_size, 1, length),
       tokenizer=tokenizer.digest,
       smoothing=bool(data.trust),
       teacher={},

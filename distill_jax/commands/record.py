@@ -47,7 +47,7 @@ from distill_jax.records import (
 from distill_jax.records.job import Part
 from distill_jax.records.loaded_teacher import LoadedTeacher
 from distill_jax.records.manifest import Manifest
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.tasks import dataset
 from distill_jax.types import JsonObject
 

@@ -21,7 +21,7 @@ from distill_jax.errors import bad_value
 from distill_jax.generation.finished import Place
 from distill_jax.generation.journal import SampleJournal
 from distill_jax.models.loading import ModelSource
-from distill_jax.records import bits, codec, example_wire, recorder
+from distill_jax.records import bits, codec, example_wire, recording
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import ARGMAX, IDS, LOGP, WEIGHT, Record, RecordSpec
 from distill_jax.records.manifest import Manifest
@@ -70,7 +70,7 @@ class GeneratedStore:
 
   def spec(self, vocab_size: int) -> RecordSpec:
     """Returns the contents of a record."""
-    return recorder.record_spec(self.config.records, vocab_size)
+    return recording.record_spec(self.config.records, vocab_size)
 
 
 class StoreWriter:
@@ -185,12 +185,12 @@ class StoreWriter:
     """Opens the store, whose manifest has the digest of the first row."""
     c = self._store.config
     if not self.count:
-      self._corpus = recorder.text_digest(self._record(journal, self._rows[0]))
+      self._corpus = recording.text_digest(self._record(journal, self._rows[0]))
     folder = self._open.enter_context(storage.Synced(c.generate.records_dir))
     found = manifest_lib.find(storage.location(folder))
     total = len(self._rows) if found is None else found.total
     manifest = dataclasses.replace(
-      recorder.planned_manifest(c.records, self._spec.vocab_size, total, self._seq_len),
+      recording.planned_manifest(c.records, self._spec.vocab_size, total, self._seq_len),
       teacher=self._store.teacher.identity if self._store.records else {},
       tokenizer=self._tokenizer.digest,
       corpus=self._corpus,

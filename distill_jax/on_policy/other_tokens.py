@@ -25,7 +25,7 @@ from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy.checks import compare_tokens
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.store import Store, open_store
 from distill_jax.records.student_rows import StudentRows
 from distill_jax.runtime import distributed

@@ -38,7 +38,7 @@ from distill_jax.on_policy.plan import Plan
 from distill_jax.on_policy.prompt_index import TEACHER, PromptIndex
 from distill_jax.on_policy.round_folders import FOLDER, folder_of
 from distill_jax.on_policy.round_writer import ROLLOUTS, RoundWriter, Row
-from distill_jax.records import fields, recorder
+from distill_jax.records import fields, recording
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
@@ -124,7 +124,7 @@ class Rollouts:
     """
     job = self._job
     options = RecordsOptions(kind="text", tokens_per_shard=self._config.records.tokens_per_shard)
-    planned = recorder.planned_manifest(
+    planned = recording.planned_manifest(
       options, self._tokenizer.vocab_size, texts, job.decoding.cache_len
     )
     source = [self.plan.prompts.digest, job.seed, number, teacher]

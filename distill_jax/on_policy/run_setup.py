@@ -16,7 +16,7 @@ from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.on_policy.round_folders import FOLDER
-from distill_jax.records import fields, manifest, recorder
+from distill_jax.records import fields, manifest, recording
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import Store
 from distill_jax.training import stores
@@ -103,7 +103,7 @@ def planned_store(
   if config.train.online:
     options = dataclasses.replace(options, kind="text", taps=())
   rows = config.train.batch_size * config.on_policy.every
-  planned = recorder.planned_manifest(
+  planned = recording.planned_manifest(
     options, tokenizer.vocab_size, rows, config.generate.cache_len
   )
   digest = config.teacher.digest

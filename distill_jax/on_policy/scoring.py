@@ -36,7 +36,7 @@ from distill_jax.records.job import Teacher
 from distill_jax.records.loaded_teacher import LoadedTeacher
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.packed_rows import PackedRows
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.store import Store, open_store
 from distill_jax.runtime import distributed, files, storage
 

@@ -26,7 +26,7 @@ from distill_jax.records import (
   collate,
   fields,
   job,
-  recorder,
+  recording,
   student_corpus,
   student_rows,
   tap_features,
@@ -108,7 +108,7 @@ def planned_manifest(config: Config, vocab_size: int = 0, positions: int = 0) ->
     positions: positions per sequence or example; 0: data.seq_len.
   """
   model = config.student if config.losses else config.teacher
-  return recorder.planned_manifest(
+  return recording.planned_manifest(
     config.records,
     vocab_size or loading.open_source(model).text_config.vocab_size,
     sequences=1,

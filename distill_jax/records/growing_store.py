@@ -11,7 +11,7 @@ from typing import Any
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.records import manifest as manifest_lib
-from distill_jax.records import recorder
+from distill_jax.records import recording
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.store import Store, Writer, unfinished_store
@@ -62,7 +62,7 @@ class GrowingStore:
     stored = [False] * len(rows)
     for shard in self._stored[after:before]:  # those with some of the rows
       if shard[-1] < past:
-        recorder.check_same_row(self._found, shard[-1], rows[shard[-1] - first])
+        recording.check_same_row(self._found, shard[-1], rows[shard[-1] - first])
       for i in range(max(first, shard.start), min(past, shard.stop)):
         stored[i - first] = True
     return stored
@@ -109,7 +109,7 @@ class GrowingStore:
     """Opens the writer, once the first row is known."""
     manifest = dataclasses.replace(
       self._manifest,
-      corpus=recorder.text_digest(first_row),
+      corpus=recording.text_digest(first_row),
       extents=(self._sequences or total,),
     )
     self._writer = Writer(self._folder, manifest)

@@ -24,12 +24,12 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import Rows
-from distill_jax.records import batch_plan, recorder
+from distill_jax.records import batch_plan, recording
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.loaded_teacher import OnStatistics, feature_width
 from distill_jax.records.options import RecordsOptions
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.shard_buffer import ShardBuffer
 from distill_jax.records.store import Writer, unfinished_store
 from distill_jax.records.student_rows import StudentRows
@@ -108,7 +108,7 @@ def open_part(
   if identity is None:
     identity = {} if options.kind == "text" else teacher.identity
   width = feature_width(options, teacher)
-  manifest = recorder.manifest_of(options, corpus, identity, width)
+  manifest = recording.manifest_of(options, corpus, identity, width)
   manifest = manifest_lib.with_shards_of(storage.location(folder), manifest)
   with Writer(folder, manifest, jax.process_index(), jax.process_count()) as writer:
     _check_same_corpus(writer, corpus)
@@ -260,7 +260,7 @@ def _check_same_corpus(writer: Writer, corpus: Corpus) -> None:
   with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
     lasts = [shard.first + shard.count - 1 for shard in store.manifest.shards]
     try:
-      list(pool.map(lambda i: recorder.check_same_row(store, i, corpus.rows[i]), lasts))
+      list(pool.map(lambda i: recording.check_same_row(store, i, corpus.rows[i]), lasts))
     except InputError as e:
       errors.append(e)
   if distributed.max_over_processes(len(errors)):

@@ -20,13 +20,13 @@ from distill_jax.records import (
   batch_plan,
   collate,
   projected_sampler,
-  recorder,
+  recording,
   student_rows,
   tap_features,
 )
 from distill_jax.records.fields import Record
 from distill_jax.records.options import RecordsOptions
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.student_rows import StudentRows
 from distill_jax.records.teacher_pass import TeacherPass
 from distill_jax.types import Model
@@ -148,7 +148,7 @@ class LoadedTeacher:
       if on_statistics is not None and own:
         read = {k: collate.local_rows(targets[k], written) for k in projected_sampler.STATISTICS}
         on_statistics(int(index_B[written[0]]), student_rows.statistics(own, read))
-      yield index_B, recorder.local_records(own, targets, written)
+      yield index_B, recording.local_records(own, targets, written)
 
 
 def _overlap(fn: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[tuple[Part, Result]]:

@@ -12,7 +12,7 @@ import numpy as np
 from distill_jax.data.corpus_stream import Cursor
 from distill_jax.data.sources import Place
 from distill_jax.records import manifest as manifest_lib
-from distill_jax.records import recorder
+from distill_jax.records import recording
 from distill_jax.records.fields import Record
 from distill_jax.records.manifest import Manifest, Shard
 from distill_jax.records.store import Store, Writer, unfinished_store
@@ -113,7 +113,7 @@ class PackedShards:
     rows, self._shard = self._shard, []
     self.wait()
     if rows and self._writer is None:
-      self._open(recorder.text_digest(rows[0]), len(rows))
+      self._open(recording.text_digest(rows[0]), len(rows))
     cursor = json.dumps(dataclasses.asdict(after), indent=1)
     files.write(self._cursor_file(stop), cursor.encode())
     if rows:

@@ -1,293 +1,271 @@
-"""Recording of any JAX teacher without a config: `distill_jax.Recorder`.
+"""Recording of a teacher: its corpus, targets of its distributions, and the manifest of the store.
 
-It uses the functions of the command `record` to reduce and store the teacher's outputs.
+This module does not read configs or corpora; `commands/record.py` does, and job.py writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from distill_jax.data import model_rows
 from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError, bad_value
-from distill_jax.nn import mesh_in_use, sharding
+from distill_jax.errors import InputError
+from distill_jax.models import runs
+from distill_jax.nn import sharding
 from distill_jax.nn.sharding import MeshAxes
-from distill_jax.records import recorder
-from distill_jax.records.fields import Record
-from distill_jax.records.growing_store import GrowingStore
-from distill_jax.records.manifest import Manifest
+from distill_jax.records import collate, fields, sampler
+from distill_jax.records import manifest as manifest_lib
+from distill_jax.records.fields import Record, RecordSpec
+from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
+from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.sampler import SamplerSpec
-from distill_jax.runtime import storage
+from distill_jax.records.store import Store
+from distill_jax.records.student_rows import StudentRows
+from distill_jax.types import JsonObject
 
-Array = jax.Array | np.ndarray
-Outputs = Array | Callable[[], Array]  # or a function that computes it, called if it is needed
-Targets = dict[str, jax.Array]
+TAPS_SEED = 0  # seed of the fixed projection, stored in the manifest
 
 
-class Recorder:
-  """Context manager that writes a store of a teacher's outputs, one batch of packed rows at a time.
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The sequences to record: packed text, or the examples of one task.
 
-  On exit the store is finished. If an exception ends the block, finished shards are kept, and a
-  later run that adds the same rows from the beginning resumes.
-
-      with Recorder("records", vocab_size=V, seq_len=T, teacher="my teacher") as r:
-        for tokens_BT, segments_BT in batches:
-          r.add(tokens_BT, segments_BT, hidden=lambda: teacher(tokens_BT), head=head_VD)
-      store = distill_jax.open_store("records")
-
-  The targets of a row depend only on the teacher's outputs, the seed and the row's index, not on
-  the batch size. Under `jax.set_mesh(mesh)`, outputs may be sharded over `batch_axes` and
-  `vocab_axis`. The bytes are those that the command `record` writes for the same rows and outputs.
-
-  Args:
-    folder: The folder or URL of the store.
-    vocab_size: Number of tokens. Further rows of the head are padding.
-    seq_len: Number of tokens per row.
-    kind: "sampled": `n` points of systematic sampling per position. "topk": the `n` most probable
-      tokens. "dense": all, for small vocabularies. "labels": the label's log-probability only.
-      "text": the rows only, without a teacher.
-    n: Number of sampled points or of most probable tokens.
-    logp: True to store exact log-probabilities of the tokens of "sampled".
-    nucleus: Probability mass at which the entries of "topk" are cut; 1 for no cut.
-    missing_mass: Treatment of the mass outside the entries of "topk": "tail_bucket" or
-      "renormalise".
-    temperature: Temperature of the stored distribution.
-    teacher: Name of the teacher, or {"name": …, "digest": …}. A store is not continued with
-      another teacher. Not used for kind "text".
-    tokenizer: The tokenizer, or its digest. Students with another tokenizer cannot use the store.
-    sequences: Total number of rows; None if it is not known.
-    tokens_per_shard: Number of tokens per file of the store; see RecordsOptions.
-    seed: Random seed of the sampling.
-    chunk: Number of positions per row whose logits are in memory at once.
-    soft_cap: Logits become soft_cap * tanh(logits / soft_cap); None for no cap. Only for `hidden`.
-    batch_axes: Mesh axes over which rows are sharded.
-    vocab_axis: Mesh axis, or axes, over which the vocabulary is sharded; None if it is not.
-
-  Raises:
-    InputError: An argument is not valid, or the folder holds other records.
+  Attributes:
+    rows: Records without targets: tokens_T, segments_T and mask_T for text; labels_T, mask_T and
+      the model's inputs for a task.
+    positions: Number of positions of a row, T.
+    classes: Number of tokens, or of classes of the task.
+    tokenizer: Digest of the tokenizer; "" for a task, whose own digest covers it.
+    digest: Digest of the first row of the text, or of the task.
+    first_class: First row of the teacher's head for the classes; not 0 only with several tasks.
+    heldout_fraction: See Manifest.
+    retargeted: See Manifest; for the rows of a student with another tokenizer.
+    rollout: See Manifest; for rows that a student wrote, which hold its scalars.
   """
 
-  def __init__(
-    self,
-    folder: str | os.PathLike[str],
-    *,
-    vocab_size: int,
-    seq_len: int,
-    kind: str = "sampled",
-    n: int = 63,
-    logp: bool = False,
-    nucleus: float = 1.0,
-    missing_mass: str = "tail_bucket",
-    temperature: float = 1.0,
-    teacher: str | Mapping[str, Any] = "",
-    tokenizer: str | Tokenizer = "unknown",
-    sequences: int | None = None,
-    tokens_per_shard: int = 2**20,
-    seed: int = 0,
-    chunk: int = 128,
-    soft_cap: float | None = None,
-    batch_axes: tuple[str, ...] = sharding.BATCH,
-    vocab_axis: MeshAxes = sharding.VOCAB,
-  ):
-    if jax.process_count() > 1:
-      raise InputError(
-        "A Recorder runs in one process. Use the command `record`, which runs in several."
-      )
-    self._options = RecordsOptions(
-      kind=kind,
-      n=n,
-      logp=logp,
-      nucleus=nucleus,
-      missing_mass=missing_mass,
-      temperature=temperature,
-      chunk=chunk,
-      tokens_per_shard=tokens_per_shard,
-    )
-    self._spec = SamplerSpec.of(self._options, vocab_size)
-    self._soft_cap = soft_cap
-    self._axes: Any = {"batch_axes": batch_axes, "vocab_axis": vocab_axis}
-    planned = recorder.planned_manifest(self._options, vocab_size, sequences or 1, seq_len)
-    self._manifest = dataclasses.replace(
-      planned, teacher=self._identity(teacher), tokenizer=_digest(tokenizer)
-    )
-    self._key = recorder.sampling_key(seed)
-    self._synced = storage.Synced(folder)
-    self._store = GrowingStore(self._synced.__enter__(), self._manifest, sequences)
-    self._pending: tuple[list[Record], Targets] | None = None  # rows that are being reduced
-    self._added = self._batch_size = 0
+  rows: Sequence[Record]
+  positions: int
+  classes: int
+  tokenizer: str
+  digest: str
+  first_class: int = 0
+  heldout_fraction: float = 0.0
+  retargeted: JsonObject = dataclasses.field(default_factory=dict)
+  rollout: JsonObject = dataclasses.field(default_factory=dict)
 
-  def add(
-    self,
-    tokens_BT: Array,
-    segments_BT: Array | None = None,
-    mask_BT: Array | None = None,
-    *,
-    hidden: Outputs | None = None,
-    head: Array | None = None,
-    logits: Outputs | None = None,
-  ) -> None:
-    """Adds rows with the teacher's outputs.
-
-    It returns after dispatching the computation, which runs while the next batch is prepared.
-
-    Args:
-      tokens_BT: Token ids.
-      segments_BT: Documents of each row, numbered from 1, with 0 for padding; None for one document
-        per row.
-      mask_BT: True at positions whose label, the next token, is trained on; None for all positions.
-        Positions without a next token in their document are always masked.
-      hidden: The teacher's hidden states after the final norm, [B, T, D], with `head`; or a
-        function that returns them, which is not called for rows that are already stored.
-      head: The teacher's unembedding, [V, D].
-      logits: The teacher's logits, [B, T, V], instead of `hidden` and `head`; or a function that
-        returns them.
-
-    Raises:
-      InputError: The shapes do not fit, an output is missing, the store holds other rows, or there
-        are more rows than `sequences`.
-    """
-    rows = self._rows(tokens_BT, segments_BT, mask_BT)
-    first, targets = self._added, {}
-    if not all(self._store.stored(first, rows)) and self._options.kind != "text":
-      self._batch_size = max(self._batch_size, len(rows))
-      targets = self._reduce(first, rows, _arrays(hidden, head, logits))
-    self._added += len(rows)
-    self._finish_pending()
-    self._pending = rows, targets
+  def read(self, indices: Sequence[int]) -> Sequence[Record]:
+    """Returns some rows, in the order of their indices. Packed rows are read at once."""
+    rows = self.rows
+    if isinstance(rows, PackedRows | StudentRows):
+      return rows.read_many(indices)
+    return [rows[i] for i in indices]
 
   @property
-  def added(self) -> int:
-    """Number of added rows, including those that were already stored."""
-    return self._added
+  def teacher_positions(self) -> int:
+    """Number of positions of a row as the teacher reads it."""
+    rows = self.rows
+    return rows.teacher_positions if isinstance(rows, StudentRows) else self.positions
 
-  def close(self) -> Manifest:
-    """Writes the remaining rows and finishes the store. A `with` block calls it on exit.
+  @property
+  def is_task(self) -> bool:
+    """True for the examples of a task, False for packed text."""
+    return "labels_T" in self.rows[0]
 
-    Returns:
-      The manifest of the store.
-
-    Raises:
-      InputError: Fewer rows were added than `sequences`, or none.
-    """
-    try:
-      self._finish_pending()
-      return self._store.finish()
-    finally:
-      self._release()
-
-  def __enter__(self) -> Recorder:
-    return self
-
-  def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-    if error is None:
-      self.close()
-    else:
-      self._release()
-
-  def _identity(self, teacher: str | Mapping[str, Any]) -> dict[str, Any]:
-    if self._options.kind == "text":
-      return {}
-    if not teacher:
-      raise bad_value("teacher", teacher, "a name, or a dict with a name and a digest", "Pass it")
-    return {"name": teacher} if isinstance(teacher, str) else dict(teacher)
-
-  def _rows(
-    self, tokens_BT: Array, segments_BT: Array | None, mask_BT: Array | None
-  ) -> list[Record]:
-    """Returns the rows as records without targets."""
-    tokens_BT = np.asarray(tokens_BT)
-    segments_BT = np.ones(tokens_BT.shape) if segments_BT is None else np.asarray(segments_BT)
-    mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else np.asarray(mask_BT)
-    T = self._manifest.seq_len
-    shapes = {tokens_BT.shape, segments_BT.shape, mask_BT.shape}
-    if len(shapes) > 1 or tokens_BT.ndim != 2 or tokens_BT.shape[1] != T or not len(tokens_BT):
-      expected = f"arrays of one shape, [B, {T}]"
-      found = tokens_BT.shape, segments_BT.shape, mask_BT.shape
-      raise bad_value("tokens_BT, segments_BT, mask_BT", found, expected, "Pack rows of seq_len")
-    segments_BT = segments_BT.astype(np.int32)
-    mask_BT = mask_BT.astype(bool) & model_rows.label_mask(segments_BT, np.ones_like(mask_BT, bool))
-    return [
-      {"tokens_T": tokens_T, "segments_T": segments_T, "mask_T": mask_T}
-      for tokens_T, segments_T, mask_T in zip(
-        tokens_BT.astype(np.int32), segments_BT, mask_BT, strict=True
-      )
-    ]
-
-  def _reduce(self, first: int, rows: list[Record], outputs: dict[str, Array]) -> Targets:
-    """Starts the reduction of the teacher's outputs on the devices."""
-    size, T = self._batch_size, self._manifest.seq_len
-    labels_BT = np.zeros((size, T), np.int32)
-    labels_BT[: len(rows), :-1] = np.stack([row["tokens_T"] for row in rows])[:, 1:]
-    for name in outputs.keys() - {"head_VD"}:
-      x = outputs[name]
-      if x.ndim != 3 or x.shape[:2] != (len(rows), T):
-        expected = f"an array of shape [{len(rows)}, {T}, …]"
-        raise bad_value(name.partition("_")[0], x.shape, expected, "Pass outputs of the same rows")
-      if missing := size - len(rows):  # pads to one batch size, to compile once
-        outputs[name] = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
-    index_B = np.arange(first, first + size, dtype=np.int32)
-    return self._jitted(self._key, index_B, labels_BT, outputs)
-
-  @functools.cached_property
-  def _jitted(self) -> Callable[..., Targets]:
-    """The jitted `recorder.predicted`."""
-
-    def reduce(
-      key: jax.Array, index_B: jax.Array, labels_BT: jax.Array, outputs: dict[str, Any]
-    ) -> Targets:
-      return recorder.predicted(
-        self._spec,
-        key,
-        index_B,
-        labels_BT,
-        **outputs,
-        chunk=self._options.chunk,
-        soft_cap=self._soft_cap,
-        **self._axes,
-      )
-
-    def on_mesh(*args: Any) -> Targets:
-      rows = PartitionSpec(self._axes["batch_axes"])
-      return mesh_in_use.auto(reduce, rows)(*args)
-
-    return jax.jit(on_mesh)
-
-  def _finish_pending(self) -> None:
-    """Stores the rows of the last batch."""
-    if self._pending is not None:
-      rows, targets = self._pending
-      self._pending = None
-      self._store.add(recorder.local_records(rows, targets))
-
-  def _release(self) -> None:
-    self._store.close()
-    self._synced.__exit__()
+  @classmethod
+  def of_text(
+    cls, rows: Sequence[Record], tokenizer: Tokenizer, positions: int, heldout_fraction: float = 0.0
+  ) -> Corpus:
+    """Returns the corpus of packed text. The digest covers the first row: a corpus can grow."""
+    digest, vocab_size = text_digest(rows[0]), tokenizer.vocab_size
+    return cls(rows, positions, vocab_size, tokenizer.digest, digest, 0, heldout_fraction)
 
 
-def _digest(tokenizer: str | Tokenizer) -> str:
-  digest = tokenizer if isinstance(tokenizer, str) else tokenizer.digest
-  if not digest:
-    raise bad_value("tokenizer", digest, "a tokenizer or its digest", "Pass it")
-  return digest
+def sampling_key(seed: int) -> jax.Array:
+  """Returns the key of the sampling offsets of a run with this seed."""
+  return runs.keys(seed)["records"]
 
 
-def _arrays(hidden: Outputs | None, head: Array | None, logits: Outputs | None) -> dict[str, Any]:
-  """Returns the given outputs, by name. Functions are called."""
-  if (logits is None) == (hidden is None) or (hidden is None) != (head is None):
-    given = [
-      name for name, x in (("hidden", hidden), ("head", head), ("logits", logits)) if x is not None
-    ]
-    raise bad_value("the outputs", given, "hidden and head, or logits", "Pass either")
-  if logits is not None:
-    return {"logits_BTV": logits() if callable(logits) else logits}
-  return {"hidden_BTD": hidden() if callable(hidden) else hidden, "head_VD": head}
+def text_digest(first: Record) -> str:
+  """Returns the digest of a corpus of packed text, from its first row."""
+  total = hashlib.sha256()
+  for name in fields.TEXT:
+    total.update(np.ascontiguousarray(first[name]).tobytes())
+  return total.hexdigest()
+
+
+def stored_targets(
+  spec: SamplerSpec,
+  key: jax.Array,
+  index_B: jax.Array,
+  labels_BT: jax.Array,
+  *,
+  hidden_BTD: jax.Array | None = None,
+  head_VD: jax.Array | None = None,
+  logits_BTV: jax.Array | None = None,
+  chunk: int,
+  soft_cap: float | None = None,
+  batch_axes: tuple[str, ...] = sharding.BATCH,
+  seq_axis: str | None = None,
+  vocab_axis: MeshAxes = sharding.VOCAB,
+) -> dict[str, jax.Array]:
+  """Returns the targets of a teacher's distributions, by field, with the batch axis first.
+
+  Args:
+    spec: The targets to compute.
+    key: Random key. The sampling offsets of a row depend only on it and the row's index.
+    index_B: int32 index of each row in the store.
+    labels_BT: The token after each position.
+    hidden_BTD: The teacher's hidden states after the final norm.
+    head_VD: The teacher's unembedding.
+    logits_BTV: The teacher's logits, instead of `hidden_BTD` and `head_VD`.
+    chunk: See `sampler.summarise`.
+    soft_cap: See `sampler.summarise`.
+    batch_axes: See `sampler.summarise`.
+    seq_axis: See `sampler.summarise`; only with `hidden_BTD`.
+    vocab_axis: See `sampler.summarise`.
+  """
+  u_BT = offsets(key, index_B, labels_BT.shape[1])
+  axes: Any = {"batch_axes": batch_axes, "vocab_axis": vocab_axis}
+  if logits_BTV is not None:
+    summary = sampler.summarise_logits(logits_BTV, labels_BT, u_BT, spec, chunk=chunk, **axes)
+  else:
+    assert hidden_BTD is not None and head_VD is not None
+    axes["seq_axis"] = seq_axis
+    summary = sampler.summarise(
+      hidden_BTD, head_VD, labels_BT, u_BT, spec, chunk=chunk, soft_cap=soft_cap, **axes
+    )
+  return by_field(summary)
+
+
+def offsets(key: jax.Array, index_B: jax.Array, positions: int) -> jax.Array:
+  """Returns the sampling offsets of rows, float32 [B, positions]."""
+  return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (positions,)))(index_B)
+
+
+def by_field(summary: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns the output of `sampler.summarise` under the names of its fields on the device."""
+  return {f.device: summary[f.name] for f in fields.PREDICTED if f.name in summary}
+
+
+def local_records(
+  rows: Sequence[Record], targets: Mapping[str, jax.Array], index_B: np.ndarray | None = None
+) -> list[Record]:
+  """Returns rows of a batch with their targets.
+
+  Args:
+    rows: Rows that are on devices of this process, without padding.
+    targets: Targets of the global batch, from `TeacherPass.targets`.
+    index_B: Indices of the rows in the batch, in order; None for the first rows.
+  """
+  index_B = np.arange(len(rows)) if index_B is None else index_B
+  if not len(index_B):
+    return []
+  recorded = (*fields.PREDICTED, *fields.TAPPED)
+  local = {
+    f.record: collate.local_rows(targets[f.device], index_B)
+    for f in recorded
+    if f.device in targets
+  }
+  return [
+    {name: row[name] for name in fields.WITHOUT_TARGETS if name in row}
+    | {name: x[i] for name, x in local.items()}
+    for i, row in enumerate(rows)
+  ]
+
+
+def check_same_row(store: Store, index: int, row: Record) -> None:
+  """Raises InputError if a recorded sequence differs from a row of this corpus."""
+  name = store.manifest.ids_name
+  if not np.array_equal(store[index][name], row[name]):
+    raise InputError(
+      f"{store.folder} was recorded from another corpus: sequence {index} differs. Choose another "
+      "folder."
+    )
+
+
+def manifest_of(
+  options: RecordsOptions, corpus: Corpus, teacher: JsonObject, feature_width: int = 0
+) -> Manifest:
+  """Returns the manifest of a store.
+
+  Args:
+    options: The options of `records`.
+    corpus: The sequences to record.
+    teacher: Name and digest of the teacher (ModelSource.identity); {} for kind "text".
+    feature_width: See teacher_pass.TeacherPass.
+  """
+  planned = planned_manifest(
+    options,
+    corpus.classes,
+    len(corpus.rows),
+    corpus.positions,
+    feature_width,
+    labels=corpus.is_task,
+  )
+  complete = dataclasses.replace(
+    planned,
+    teacher=teacher,
+    tokenizer=corpus.tokenizer,
+    corpus=corpus.digest,
+    smoothing=fields.SMOOTHING in corpus.rows[0],
+    heldout_fraction=corpus.heldout_fraction,
+    retargeted=corpus.retargeted,
+  )
+  return manifest_lib.with_rollout(complete, corpus.rollout)
+
+
+def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
+  """Returns the contents of a record for a number of tokens or classes."""
+  c = options
+  n = {"dense": vocab_size, "labels": 0, "text": 0}.get(c.kind, c.n)
+  return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not (c.logprobs or c.served))
+
+
+def planned_manifest(
+  options: RecordsOptions,
+  vocab_size: int,
+  sequences: int,
+  positions: int,
+  feature_width: int = 0,
+  labels: bool = False,
+) -> Manifest:
+  """Returns the manifest of a store whose teacher and corpus are not known yet.
+
+  Args:
+    options: The options of `records`.
+    vocab_size: Number of tokens, or of classes of a task.
+    sequences: Number of sequences.
+    positions: Number of positions of a sequence, T.
+    feature_width: See teacher_pass.TeacherPass.
+    labels: True if the sequences are examples of a task.
+  """
+  c, stored_taps = options, None
+  if c.taps:
+    width = c.taps_width or feature_width
+    stored_taps = Taps(c.taps, width, TAPS_SEED if c.taps_width else None, c.tap_kind)
+  spec = record_spec(c, vocab_size)
+  return Manifest(
+    kind=spec.kind,
+    n=spec.n,
+    logp=spec.logp,
+    nucleus=1.0 if c.kind == "dense" else c.nucleus,
+    vocab_size=vocab_size,
+    seq_len=positions,
+    teacher={},
+    tokenizer="",
+    corpus="",
+    entropy=spec.entropy,
+    sequences_per_shard=c.sequences_per_shard(positions),
+    extents=(sequences,),
+    taps=stored_taps,
+    missing_mass={"topk": c.missing_mass, "dense": "renormalise"}.get(c.kind, "none"),
+    temperature=c.temperature,
+    labels=labels,
+    format_version=format_of(spec.kind, labels),
+  )

@@ -12,7 +12,7 @@ from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
 from distill_jax.models.loading import ModelSource
-from distill_jax.records import import_logprobs, recorder
+from distill_jax.records import import_logprobs, recording
 from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record
 from distill_jax.records.growing_store import GrowingStore
@@ -36,7 +36,7 @@ def make(config: Config, teacher: ModelSource, folder: Path) -> tuple[Manifest, 
     InputError: The dump cannot be used.
   """
   tokenizer = corpus.tokenizer_of(config.data, teacher.pretrained)
-  planned = recorder.planned_manifest(
+  planned = recording.planned_manifest(
     config.records, tokenizer.vocab_size, 1, config.data.seq_len, feature_width=0
   )
   teacher_of = identity(config.records.logprobs_format)

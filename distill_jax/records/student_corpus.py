@@ -14,7 +14,7 @@ from distill_jax.data import corpus
 from distill_jax.errors import bad_value
 from distill_jax.models.loading import ModelSource
 from distill_jax.records.packed_rows import PackedRows
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.student_rows import StudentRows
 
 KEY = "records.student_tokenizer"

@@ -18,7 +18,7 @@ from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records import (
   fields,
   projected_sampler,
-  recorder,
+  recording,
   student_rows,
   tap_features,
   taps,
@@ -78,13 +78,13 @@ class TeacherPass:
     out: Output = model(text.inputs, self.compute)
     summary = projected_sampler.summarise(
       text.of_output(out, batch.labels_BT, tables, self.min_mass),
-      recorder.offsets(key, index_B, batch.labels_BT.shape[1]),
+      recording.offsets(key, index_B, batch.labels_BT.shape[1]),
       SamplerSpec.of(self.options, self.vocab_size),
       chunk=self.options.chunk,
       seq_axis=sharding.SEQ,
     )
     masses = {name: summary[name] for name in projected_sampler.STATISTICS}
-    return recorder.by_field(summary) | masses
+    return recording.by_field(summary) | masses
 
   def targets(
     self, model: Model, key: jax.Array, batch: Batch, index_B: jax.Array
@@ -103,7 +103,7 @@ class TeacherPass:
     # Moves the rows of the head of other tasks to the end, where they count as padding.
     first = self.first_class
     head_VD = jnp.roll(out.head_VD, -first, 0) if first else out.head_VD
-    targets = recorder.predicted(
+    targets = recording.stored_targets(
       SamplerSpec.of(c, self.vocab_size),
       key,
       index_B,
@@ -124,7 +124,7 @@ class TeacherPass:
 
   def _taps_projection(self) -> np.ndarray | None:
     to = self.options.taps_width
-    return taps.projection(recorder.TAPS_SEED, self.feature_width, to) if to else None
+    return taps.projection(recording.TAPS_SEED, self.feature_width, to) if to else None
 
 
 def feature_spec(options: RecordsOptions) -> FeatureSpec:

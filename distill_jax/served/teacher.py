@@ -31,10 +31,10 @@ from distill_jax.generation.http_client import RequestFailed, RequestRefused
 from distill_jax.generation.served_model import ServedModel
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.nn.sharding import Rows
-from distill_jax.records import batch_plan, recorder, served_store
+from distill_jax.records import batch_plan, recording, served_store
 from distill_jax.records.fields import LABEL_LOGP, TEXT, Record
 from distill_jax.records.job import Part
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.store import unfinished_store
 from distill_jax.runtime import distributed
 from distill_jax.served import probes, row_texts
@@ -74,7 +74,7 @@ class ServedTeacher:
       requests_per_minute=server.requests_per_minute / count,
     )
     options = dataclasses.replace(config.records, served=True)
-    self._spec = recorder.record_spec(options, tokenizer.vocab_size)
+    self._spec = recording.record_spec(options, tokenizer.vocab_size)
     self._tokenizer, self._template = tokenizer, template
     self._server, self._limit, self._ahead = server, server.max_disagreement, AHEAD * own.in_flight
     self._client = ScoringClient(own, self._spec.n, tokenizer.vocab_size, config.seed)

@@ -25,7 +25,7 @@ from distill_jax.models import FamilyConfig
 from distill_jax.records.fields import CLASS_IDS, TASK, WITHOUT_TARGETS, Record
 from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import MultiTeacherStore
-from distill_jax.records.recorder import Corpus
+from distill_jax.records.recording import Corpus
 from distill_jax.records.stacked import Stacked
 from distill_jax.tasks._base import Stack, Task, TaskSource
 from distill_jax.types import IN_BATCH_CLASSES, Batch

@@ -16,7 +16,7 @@ from distill_jax.preflight import (
   roofline,
 )
 from distill_jax.records import tf_example
-from distill_jax.records.recorder import planned_manifest
+from distill_jax.records.recording import planned_manifest
 
 
 def test_estimated_store_bytes_are_close_to_what_the_codec_writes():

@@ -32,7 +32,7 @@ from distill_jax.data.block_tokenizer import BlockTokenizer
 from distill_jax.data.options import DataOptions
 from distill_jax.data.python_reference import topics
 from distill_jax.data.tokenizers import load_tokenizer
-from distill_jax.records import packed_text, recorder
+from distill_jax.records import packed_text, recording
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
 
@@ -80,7 +80,7 @@ def write_corpus(path: Path, texts: list[str], nbytes: int, kind: str) -> int:
 
 def planned(work: BlockTokenizer, data: DataOptions) -> Manifest:
   """Returns the manifest of the store."""
-  made = recorder.planned_manifest(
+  made = recording.planned_manifest(
     RecordsOptions(kind="text"), work.tokenizer.vocab_size, 1, data.seq_len
   )
   return dataclasses.replace(made, tokenizer=work.tokenizer.digest)

