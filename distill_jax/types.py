@@ -101,8 +101,6 @@ ModelInputs = Inputs | Images | Sounds | SourceTarget | ImageText
 class Targets(struct.PyTreeNode, kw_only=True):
   """A teacher's outputs at each position: the base class of the kinds in losses/targets.py.
 
-  A token loss gets the targets of one chunk of positions: the axis T of their arrays is its axis C.
-
   Attributes:
     entropy_BT: float32, the entropy in nats.
     label_logp_BT: float32, log p(label) in nats.

@@ -1,7 +1,9 @@
 """The public names of the package: they are lazy, complete, and load and export models."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -144,3 +146,11 @@ def test_bad_arguments(tmp_path):
     dj.load_model(family="llama", shapes="tiny")
   with pytest.raises(dj.InputError, match="Make it with distill_jax.make_mesh"):
     dj.load_model(family="llama", shape="tiny", mesh=jax.make_mesh((4,), ("x",)))
+
+
+def test_the_reference_lists_all_losses():
+  reference = Path(__file__).parent.parent / "docs/reference.md"
+  section = reference.read_text().partition("::: distill_jax.losses\n")[2]
+  listed = set(re.search(r"members: \[(.*?)\]", section)[1].split(", "))
+  of_the_package = {"fused_loss", "logits_loss"}  # which are names of distill_jax, too
+  assert listed | of_the_package == set(dj.losses.__all__)

@@ -5,6 +5,8 @@ TopKTargets     The k stored tokens, with a convention for the mass outside them
 SampledTargets  The sampled tokens, each with an unbiased estimate of its probability.
 LabelTargets    The labels alone, with their exact log-probabilities.
 SpanTargets     The text alone: log-probabilities of its spans, by a teacher with other tokens.
+
+A token loss gets the targets of one chunk of positions: the axis T of their arrays is its axis C.
 """
 
 from __future__ import annotations

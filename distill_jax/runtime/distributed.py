@@ -311,14 +311,16 @@ class Preemption:
     if cls._signalled and not cls._active:
       raise cls.stop(verb, kept)
 
-  @staticmethod
-  def stop(verb: str, kept: str) -> Preempted:
-    """Returns the exception to raise once all work is saved.
+  @classmethod
+  def stop(cls, verb: str, kept: str) -> Preempted:
+    """Returns the exception to raise once all work is saved. The signal is then dealt with.
 
     Args:
       verb: The command.
       kept: What is saved, as a clause, e.g. "finished shards are kept".
     """
+    if not cls._active:
+      Preemption._signalled = False
     return Preempted(f"{verb} received SIGTERM; {kept}. Run the same command again to continue.")
 
 
