@@ -108,7 +108,7 @@ def test_another_text_is_read_by_all_commands(tmp_path, monkeypatch):
     workdir = folder / next(flag for flag in given if "workdir" in flag).partition("=")[2]
     (workdir / "checkpoints").mkdir(parents=True)
     if verb == "evaluate":
-      kl = {"hard-0": 2.0, "points-63-0": 1.25, "online-0": 1.0}
+      kl = {"hard-0": 2.0, "points-63-0": 1.25, "points-255-0": 1.0, "online-0": 1.0}
       models = {name: {"kl": kl[name], "ce": 2.0, "agreement": 0.5} for name in c.evaluate.models}
       (workdir / "evaluation.json").write_text(json.dumps({"models": models}))
 
