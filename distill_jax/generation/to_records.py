@@ -95,9 +95,9 @@ class StoreWriter:
     self._store, self._tokenizer = store, tokenizer
     self._spec = store.spec(tokenizer.vocab_size)
     self._seq_len = store.config.data.seq_len
-    found = manifest_lib.find(store.config.generate.records_dir)
+    self._found = manifest_lib.find(store.config.generate.records_dir)  # of an earlier run
     planned = store.config.records.sequences_per_shard(self._seq_len)
-    self._rows_per_shard = found.sequences_per_shard if found else planned
+    self._rows_per_shard = self._found.sequences_per_shard if self._found else planned
     self.frontier = self.count = 0
     self.result: JsonObject = {}
     self._skip = 0  # the number of texts of the prompt `frontier` that are in finished shards
@@ -187,8 +187,7 @@ class StoreWriter:
     if not self.count:
       self._corpus = recording.text_digest(self._record(journal, self._rows[0]))
     folder = self._open.enter_context(storage.Synced(c.generate.records_dir))
-    found = manifest_lib.find(storage.location(folder))
-    total = len(self._rows) if found is None else found.total
+    total = len(self._rows) if self._found is None else self._found.total
     manifest = dataclasses.replace(
       recording.planned_manifest(c.records, self._spec.vocab_size, total, self._seq_len),
       teacher=self._store.teacher.identity if self._store.records else {},

@@ -227,7 +227,7 @@ class Recorder:
     """Starts the reduction of the teacher's outputs on the devices."""
     size, T = self._batch_size, self._manifest.seq_len
     labels_BT = np.zeros((size, T), np.int32)
-    labels_BT[: len(rows), :-1] = np.stack([row["tokens_T"] for row in rows])[:, 1:]
+    labels_BT[: len(rows)] = model_rows.next_tokens(np.stack([row["tokens_T"] for row in rows]))
     for name in outputs.keys() - {"head_VD"}:
       x = outputs[name]
       if x.ndim != 3 or x.shape[:2] != (len(rows), T):

@@ -165,12 +165,11 @@ def _sum(values_X: np.ndarray) -> float:
 
 def read(stack: Callable[[str], np.ndarray]) -> Batch:
   """Returns the student's rows as a batch, with the teacher's text as the targets of TEACHER."""
-
-  def inputs(prefix: str = "") -> Inputs:
-    return Inputs.of(stack(f"{prefix}tokens_T"), stack(f"{prefix}segments_T"))
-
-  labels_BT: Any = model_rows.next_tokens(stack("tokens_T"))
+  ours, theirs = (
+    Inputs.of(stack(f"{prefix}tokens_T"), stack(f"{prefix}segments_T")) for prefix in ("", PREFIX)
+  )
+  labels_BT: Any = model_rows.next_tokens(np.asarray(ours.tokens_BT))
   mask_BT: Any = stack("mask_T")
   links_BTLF: Any = stack(LINKS)
-  text = TeacherText(inputs=inputs(PREFIX), links_BTLF=links_BTLF)
-  return Batch(inputs(), labels_BT, mask_BT, {TEACHER: text})
+  text = TeacherText(inputs=theirs, links_BTLF=links_BTLF)
+  return Batch(ours, labels_BT, mask_BT, {TEACHER: text})

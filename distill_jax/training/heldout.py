@@ -241,13 +241,12 @@ class Evaluation:
     alike = [
       p.store for p in self._parts if p.store.manifest.seq_len == part.store.manifest.seq_len
     ]
-    targets = not self._config.train.online
     batches = loader.in_order(
       part.store,
       part.rows,
       held=held,
-      first=[store.read_many([0])[0] for store in alike] if targets else [],
-      targets=targets,
+      first=[store.read_many([0])[0] for store in alike],
+      targets=not self._config.train.online,
       read=reader(self._config, self._stores),
       recorded=recorded(self._config, [p.store for p in self._parts]),
     )

@@ -178,7 +178,7 @@ def in_order(
     read: See `batches`.
     recorded: See `batches`.
     first: The first record of each store with the same sequence length, some of which may lack
-      fields of targets that others have.
+      fields that others have.
   """
   empty_fields = _empty_fields(first)
   padding = padding_like(store.read_many([0])[0])

@@ -61,21 +61,16 @@ def decay_mask(tree: PyTree) -> PyTree:
   return params.map_params(mask, tree)
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Returns a transformation whose state and results are in float32, as moments need.
+def _with_float32_state(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns a transformation whose state is in float32, as moments need; gradients are as well.
 
   The second moment falls by 1 - b2 per step at most, which bfloat16 rounds to nothing.
   """
 
-  def cast(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  def init(tree: PyTree) -> optax.OptState:
+    return inner.init(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
-  def update(
-    updates: PyTree, state: optax.OptState, tree: PyTree | None = None
-  ) -> tuple[PyTree, optax.OptState]:
-    return inner.update(cast(updates), state, tree)
-
-  return optax.GradientTransformation(lambda tree: inner.init(cast(tree)), update)
+  return optax.GradientTransformation(init, inner.update)
 
 
 def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
@@ -86,7 +81,7 @@ def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
   """
   transforms = [
     optax.clip_by_global_norm(c.clip_norm),
-    _in_float32(optax.scale_by_adam(c.b1, c.b2, c.eps)),
+    _with_float32_state(optax.scale_by_adam(c.b1, c.b2, c.eps)),
     optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
   ]
   if c.plateau_patience:

@@ -163,7 +163,7 @@ def test_the_workdir_has_config_and_versions(tiny_run):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
   c = tiny.tiny(tiny_run)
   c.optim.peak_lr = 1e30
-  with pytest.raises(FloatingPointError, match=r"(loss|grad_norm) of step \d is (nan|inf)"):
+  with pytest.raises(FloatingPointError, match=r"grad_norm of step \d is (nan|inf)"):
     train(c, tmp_path / "nan")
 
 

@@ -64,19 +64,20 @@ def test_inputs_and_labels_are_right_at_every_position(lengths, seq_len, random)
     np.stack([getattr(r, f) for r in rows]) for f in ("tokens_T", "segments_T", "token_mask_T")
   )
   labels, mask = next_tokens(tokens), label_mask(segments, token_mask)
-  assert labels.dtype == positions(segments).dtype == np.int32 and mask.dtype == bool
-  inputs = Inputs.of(tokens, segments)
-  np.testing.assert_array_equal(inputs.positions_BT, positions(segments))
+  found = positions(segments)
+  assert labels.dtype == found.dtype == np.int32 and mask.dtype == bool
+  np.testing.assert_array_equal(Inputs.of(tokens, segments).positions_BT, found)
   for b in range(len(rows)):
     start = 0
     for t in range(seq_len):
       if t and segments[b, t] != segments[b, t - 1]:
         start = t
-      assert positions(segments)[b, t] == positions(segments[b])[t] == t - start
+      assert found[b, t] == t - start
       inside = t + 1 < seq_len and segments[b, t] == segments[b, t + 1] != 0
       assert mask[b, t] == (inside and wanted[tokens[b, t + 1]])
       if mask[b, t]:
         assert labels[b, t] == tokens[b, t + 1]
+    assert np.array_equal(positions(segments[b]), found[b])
     assert np.array_equal(next_tokens(tokens[b]), labels[b])
     assert np.array_equal(label_mask(segments[b], token_mask[b]), mask[b])
 

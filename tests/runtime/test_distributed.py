@@ -213,19 +213,22 @@ distributed.run_on_all_processes("end", lambda: None)
 """
 
 
+def two_processes(script):
+  """Runs a script in two processes with the argument --distributed.
+
+  Returns the processes, and the output and the errors of each.
+  """
+  port, pipe = free_port(), subprocess.PIPE
+  workers = []
+  for i in range(2):
+    line = [sys.executable, "-c", script, f"localhost:{port},2,{i}"]
+    workers.append(subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd=ROOT))
+  return workers, [worker.communicate(timeout=200) for worker in workers]
+
+
 @pytest.mark.slow
 def test_all_arrive_only_if_every_process_does():
-  port = free_port()
-  workers = [
-    subprocess.Popen(
-      [sys.executable, "-c", ARRIVING, f"localhost:{port},2,{i}"],
-      stdout=subprocess.PIPE,
-      text=True,
-      cwd=ROOT,
-    )
-    for i in range(2)
-  ]
-  printed = [worker.communicate(timeout=200)[0].split() for worker in workers]
+  printed = [out.split() for out, _ in two_processes(ARRIVING)[1]]
   assert printed == [["True", "False"], ["True"]]
 
 
@@ -253,18 +256,8 @@ distributed.barrier("step")  # a collective, in which the other process waits
   ],
 )
 def test_a_process_that_stops_alone_does_not_wait_for_the_other(failure, code, message, alone):
-  port = free_port()
-  script = LEAVING.format(failure=failure, alone=alone)
-  workers = [
-    subprocess.Popen(
-      [sys.executable, "-c", script, f"localhost:{port},2,{i}"],
-      stderr=subprocess.PIPE,
-      text=True,
-      cwd=ROOT,
-    )
-    for i in range(2)
-  ]
-  errors = [worker.communicate(timeout=200)[1] for worker in workers]
+  workers, outputs = two_processes(LEAVING.format(failure=failure, alone=alone))
+  errors = [err for _, err in outputs]
   assert message in errors[alone] and workers[alone].returncode == code
   other = 1 - alone
   assert message not in errors[other] and workers[other].returncode != 0

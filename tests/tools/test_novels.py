@@ -1,19 +1,17 @@
 """tools/novels.py: the chapters of a novel."""
 
-import importlib
 import sys
 import types
 
 import pytest
+from experiments import ROOT, load_config
 
 
 @pytest.fixture
 def novels(monkeypatch):
   """The script, with a stand-in for rdata, which is not installed with the tests."""
   monkeypatch.setitem(sys.modules, "rdata", types.SimpleNamespace())
-  monkeypatch.delitem(sys.modules, "novels", raising=False)
-  yield importlib.import_module("novels")
-  monkeypatch.delitem(sys.modules, "novels")
+  return load_config(ROOT / "tools" / "novels.py")
 
 
 def test_a_novel_is_split_at_the_headings_of_its_chapters(novels):

@@ -1,12 +1,12 @@
 """tools/reasoning_gym_problems.py: each problem is in one file."""
 
-import importlib
 import json
 import random
 import sys
 import types
 
 import pytest
+from experiments import ROOT, load_config
 
 
 def create_dataset(kind, size, seed, **settings):
@@ -19,12 +19,9 @@ def create_dataset(kind, size, seed, **settings):
 @pytest.fixture
 def script(monkeypatch):
   """The script, with a stand-in for reasoning-gym, which is not installed with the tests."""
-  monkeypatch.setitem(
-    sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset)
-  )
-  monkeypatch.delitem(sys.modules, "reasoning_gym_problems", raising=False)
-  yield importlib.import_module("reasoning_gym_problems")
-  monkeypatch.delitem(sys.modules, "reasoning_gym_problems")
+  stand_in = types.SimpleNamespace(create_dataset=create_dataset)
+  monkeypatch.setitem(sys.modules, "reasoning_gym", stand_in)
+  return load_config(ROOT / "tools" / "reasoning_gym_problems.py")
 
 
 def test_no_question_is_in_two_files(script, tmp_path):

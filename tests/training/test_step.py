@@ -209,7 +209,7 @@ def test_the_second_moment_of_bfloat16_parameters_follows_the_gradient():
 
   @jax.jit
   def steps(state, g):
-    updates = {"w": jnp.full((2, 2), g, jnp.bfloat16)}
+    updates = {"w": jnp.full((2, 2), g)}  # the step's gradients are in float32
     return jax.lax.fori_loop(0, 3000, lambda _, s: tx.update(updates, s, p, value=1.0)[1], state)
 
   state, decay = tx.init(p), 0.999**3000
@@ -221,7 +221,7 @@ def test_the_second_moment_of_bfloat16_parameters_follows_the_gradient():
 
 
 def test_gradients_of_bfloat16_microbatches_are_summed_in_float32():
-  """Of 8 equal microbatches, the gradient is that of one of them."""
+  """The gradient of 8 equal microbatches is that of one of them."""
   model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model(0))
   batch = make_batch()
   rows = jax.tree.map(lambda x: x[:1], batch)
