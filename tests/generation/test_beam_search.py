@@ -5,6 +5,7 @@ import numpy as np
 import parity
 import pytest
 import seq2seq_pairs
+import slow
 
 from distill_jax.errors import InputError
 from distill_jax.generation.beam_search import Search, search
@@ -15,7 +16,7 @@ EOS, PAD, START, NEW = 1, 0, 2, 8
 run = jax.jit(search, static_argnames=("compute", "spec"))
 
 
-@pytest.fixture(scope="module", params=seq2seq_pairs.CASES)
+@pytest.fixture(scope="module", params=slow.all_but(("t5", "whisper"), seq2seq_pairs.CASES))
 def both(request, tmp_path_factory):
   """Returns the case, transformers' model, its folder, and our model."""
   return seq2seq_pairs.open_pair(request.param, tmp_path_factory.mktemp("theirs"))

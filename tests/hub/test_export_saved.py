@@ -60,7 +60,7 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(declared, "BLOCK", 200)
 
 
-FAST = ("llama", "gemma3", "deepseek_v3", "bert", "clip", "whisper")
+FAST = ("llama", "deepseek_v3", "whisper")
 
 
 @pytest.mark.parametrize("family", slow.all_but(FAST, FAMILIES))

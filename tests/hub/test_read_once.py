@@ -40,7 +40,7 @@ def check_same(a, b):
     slow.param("llama", "tiny"),
     slow.param("qwen3", "tiny-moe"),  # experts, sharded over `tensor`
     ("deepseek_v3", "tiny"),  # also layers that do not start at 0, and parameters in float32
-    ("clip", "tiny"),  # a single number, and a convolution
+    slow.param("clip", "tiny"),  # a single number, and a convolution
   ],
 )
 def test_values_are_read_once_and_equal_those_read_in_place(family, shape, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import slow
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from seq2seq_pairs import CASES, V, examples, logits, open_pair, run, torch_model
@@ -29,7 +30,7 @@ def states(model, inputs):
   return *model.encode(inputs.source, layers.ComputeConfig()), taps
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow.all_but(("t5", "marian", "whisper"), CASES))
 def both(request, tmp_path_factory):
   """(the case, the model in transformers, its folder, our model)."""
   return open_pair(request.param, tmp_path_factory.mktemp("theirs"))
