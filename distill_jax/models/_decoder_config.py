@@ -69,14 +69,15 @@ class Config(FamilyDefaults):
   def from_hf(cls, hf: JsonObject) -> Self:
     """Returns the config for a Hugging Face config.json; unsupported values raise InputError."""
     check_supported(hf, cls.SUPPORTED_VALUES, cls.MODEL_TYPE)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    # Of the two, transformers uses the older key.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     heads = hf["num_attention_heads"]
     values: JsonObject = {
       "num_key_value_heads": hf.get("num_key_value_heads") or heads,
       "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
       "rms_norm_eps": hf["rms_norm_eps"],
       "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
-      "rope_scaling": _rope.read(rope),
+      "rope_scaling": _rope.read(rope, hf["max_position_embeddings"]),
     }
     for f in dataclasses.fields(cls):
       if f.name not in values and (f.name in hf or f.default is dataclasses.MISSING):

@@ -124,8 +124,12 @@ def amplitude(scaling: Scaling | None) -> float:
   return scaling.amplitude if isinstance(scaling, Yarn) else 1.0
 
 
-def read(rope: JsonObject) -> Scaling | None:
+def read(rope: JsonObject, max_positions: int) -> Scaling | None:
   """Returns the scaling for `rope_parameters` in config.json; None for no scaling.
+
+  Args:
+    rope: `rope_parameters`, or `rope_scaling` before transformers 5.
+    max_positions: `max_position_embeddings`, the default of `original_max_position_embeddings`.
 
   Raises:
     InputError: the rope type or one of its keys is not supported.
@@ -145,7 +149,8 @@ def read(rope: JsonObject) -> Scaling | None:
     return None
   given = {k: v for k, v in rope.items() if k not in OTHER_KEYS and v is not None}
   required = (f.name for f in fields if f.default is dataclasses.MISSING)
-  return KINDS[kind](**{name: rope[name] for name in required} | given)
+  values = {"original_max_position_embeddings": max_positions} | given
+  return KINDS[kind](**{name: values[name] for name in required} | given)
 
 
 def write(scaling: Scaling | None) -> JsonObject:

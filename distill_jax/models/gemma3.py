@@ -53,9 +53,9 @@ class Config(_decoder.Config):
   def from_hf(cls, hf: JsonObject) -> Self:
     rope = hf.get("rope_parameters") or {}  # since transformers 5, by kind of layer
     theta = {"rope_theta": hf.get("rope_theta", 1_000_000.0)}
-    global_rope = theta | (rope.get(GLOBAL) or hf.get("rope_scaling") or {})
+    global_rope = theta | (rope.get(GLOBAL) or {}) | (hf.get("rope_scaling") or {})
     local_rope = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | (rope.get(LOCAL) or {})
-    if _rope.read(local_rope) is not None:
+    if _rope.read(local_rope, hf["max_position_embeddings"]) is not None:
       kind = local_rope["rope_type"]
       expected = f"'default', the only supported value for {LOCAL}"
       raise bad_value("rope_type in config.json", kind, expected, "Use another model")
@@ -63,7 +63,7 @@ class Config(_decoder.Config):
     every = hf.get("sliding_window_pattern", 6)
     types = hf.get("layer_types") or _layer_types(hf["num_hidden_layers"], every)
     own = {"layer_types": tuple(types), "rope_local_base_freq": local_rope["rope_theta"]}
-    return super().from_hf({**hf, **own, "rope_parameters": global_rope})
+    return super().from_hf({**hf, **own, "rope_scaling": global_rope})
 
   def to_hf(self) -> JsonObject:
     hf = super().to_hf()

@@ -307,7 +307,7 @@ def apply_changes(config: ConfigT, changes: JsonObject, prefix: str = "") -> Con
       )
     values[key] = tuple(value) if isinstance(value, list) else value
     if key == "rope_scaling" and isinstance(value, dict) and "rope_type" in value:
-      values[key] = _rope.read(value)
+      values[key] = _rope.read(value, config.max_position_embeddings)
     elif dataclasses.is_dataclass(inner := getattr(config, key)):
       if not isinstance(value, dict):
         raise bad_value(f"changes.{prefix}{key}", value, "a dict of its fields", "Use a dict")

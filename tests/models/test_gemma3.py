@@ -1,5 +1,7 @@
 """Gemma 3 against transformers (torch, float32), and what its config.json may say."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,16 @@ def test_config_json_from_older_transformers():
     del hf[key]
   assert hf["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
   assert gemma3.Config.from_hf(hf) == want
+
+
+def test_rope_scaling_changes_rope_parameters_as_in_transformers():
+  hf = gemma3.TINY.to_hf() | {"rope_parameters": copy.deepcopy(ROPES)}
+  del hf["rope_theta"]
+  hf["rope_scaling"] = {"factor": 3.0}
+  ours = gemma3.Config.from_hf(hf)
+  theirs = parity.transformers.Gemma3TextConfig(**hf).rope_parameters[gemma3.GLOBAL]
+  assert ours.rope_theta == theirs["rope_theta"] == 5e4
+  assert ours.rope_scaling.factor == theirs["factor"] == 3.0
 
 
 def test_a_student_keeps_the_kinds_of_its_layers():

@@ -1,5 +1,6 @@
 """The Llama family against transformers (torch, float32): every layer, logits, gradients."""
 
+import copy
 import dataclasses
 import functools
 
@@ -128,6 +129,14 @@ def test_taps_are_in_the_given_order(tmp_path):
 def test_an_unsupported_config_is_refused(key, value, word):
   with pytest.raises(InputError, match=word):
     llama.Config.from_hf({**llama.TINY.to_hf(), "rope_parameters": None, key: value})
+
+
+def test_the_original_length_is_by_default_that_of_the_model():
+  rope = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+  hf = {**llama.TINY.to_hf(), "rope_scaling": rope}
+  theirs = parity.transformers.LlamaConfig(**copy.deepcopy(hf)).rope_parameters
+  scaling = llama.Config.from_hf(hf).rope_scaling
+  assert scaling.original_max_position_embeddings == theirs["original_max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", llama.CONFIGS)

@@ -1,5 +1,6 @@
 """The Qwen2 family against transformers (torch, float32), and what its config.json may say."""
 
+import copy
 import dataclasses
 
 import parity
@@ -56,10 +57,31 @@ def test_yarn_matches_transformers(given):
   rope = YARN | {"original_max_position_embeddings": 400} | given
   c = parity.transformers.Qwen2Config(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
   want, amplitude = parity.transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](c)
-  scaling = _rope.read(rope)
+  scaling = _rope.read(rope, 32_768)
   assert parity.error(_rope.frequencies(1e4, 64, scaling), want) < 3e-7
   assert scaling.amplitude == pytest.approx(amplitude)
-  assert _rope.read(_rope.write(scaling)) == scaling
+  assert _rope.read(_rope.write(scaling), 32_768) == scaling
+
+
+@pytest.mark.parametrize(
+  "both",
+  [
+    {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1e6},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": YARN},
+  ],
+  ids=["another rope", "no original length", "no theta"],
+)
+def test_rope_scaling_is_used_as_by_transformers(both):
+  """rope_scaling is preferred to rope_parameters, and takes nothing from it."""
+  hf = qwen2.TINY.to_hf()
+  del hf["rope_theta"], hf["rope_scaling"], hf["rope_parameters"]
+  theirs = parity.transformers.Qwen2Config(**hf, **copy.deepcopy(both))
+  want, amplitude = parity.transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs)
+  ours = qwen2.Config.from_hf(hf | both)
+  got = _rope.frequencies(ours.rope_theta, ours.rope_dim, ours.rope_scaling)
+  assert parity.error(got, want) < 3e-7
+  assert ours.rope_scaling.amplitude == pytest.approx(amplitude)
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
