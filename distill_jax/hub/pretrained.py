@@ -15,7 +15,7 @@ from typing import cast
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.hub import compressed, float8, identity, prefixed, timm_vit
+from distill_jax.hub import compressed, float8, identity, prefixed, sentence_files, timm_vit
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
@@ -91,6 +91,8 @@ def _open_folder(
       f"{folder} does not contain a config.json. Use a Hugging Face folder or a .gguf file."
     )
   hf = read_hf_json(files.join(folder, "config.json"))
+  if hf.get("architectures") == ["BertModel"] and sentence_files.MODULES in names:
+    hf["pooling"] = sentence_files.read_pooling(folder)
   tokenizer = read_tokenizer(folder)
   extra = "generation_config.json"
   generation = read_hf_json(files.join(folder, extra)) if extra in names else {}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distill_jax.errors import check_choice
 from distill_jax.models import _encoder
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_supported
@@ -18,6 +19,7 @@ from distill_jax.nn.params import param, stack, take_layer
 from distill_jax.types import QKV, Inputs, JsonObject, Output
 
 HF_MODEL_TYPES = ("bert",)  # model_type in config.json
+POOLINGS = ("mean", "cls")
 PREFIX = "bert."  # of all tensors except the head's; absent in checkpoints without a head
 SUPPORTED_VALUES = {
   "position_embedding_type": "absolute",
@@ -30,16 +32,22 @@ SUPPORTED_VALUES = {
 class Config(_encoder.Config):
   """A model's architecture, under Hugging Face's field names. Dropout is 0.
 
-  With `num_labels` 0 it is a BertModel, whose output is one embedding per text: the mean of the
-  last layer's output over tokens, normalised to length 1, as in sentence-transformers.
+  With `num_labels` 0 it is a BertModel, whose output is one embedding per text, normalised to
+  length 1, as in sentence-transformers: the last layer's output at the first token if `pooling`
+  is "cls", else its mean over tokens.
   """
 
   vocab_size: int = 30_522
   max_position_embeddings: int = 512
   type_vocab_size: int = 2
   num_labels: int = 2
+  pooling: str = "mean"
 
   OPTIONAL_ZERO = ("num_labels",)
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("pooling", self.pooling, POOLINGS, "Use another model")
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
@@ -53,6 +61,8 @@ class Config(_encoder.Config):
     """Returns the config.json of this model."""
     hf = dataclasses.asdict(self)
     n = hf.pop("num_labels")
+    if self.pooling == "mean":
+      del hf["pooling"]  # transformers does not have this key
     architecture = "BertForSequenceClassification" if n else "BertModel"
     return {
       "architectures": [architecture],
@@ -125,17 +135,18 @@ class Model(nnx.Module):
     """Returns the model's Output with T = 1; see types.Model."""
     x_BSD, taps_PBSD = self.encode(inputs, compute, taps)
     # The embedding of sentence-transformers (arXiv:1908.10084).
-    mean_B1D = _mean(x_BSD, inputs.segments_BT > 0)
+    is_mean = self.config.pooling == "mean"
+    whole_B1D = _mean(x_BSD, inputs.segments_BT > 0) if is_mean else x_BSD[:, :1]
     if not self.config.num_labels:
-      unit_B1D = layers.unit(mean_B1D)
+      unit_B1D = layers.unit(whole_B1D)
       no_head_1D = jnp.zeros_like(unit_B1D[0])
-      return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
+      return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=whole_B1D)
     head, head_bias, pool, pool_bias = compute.cast_and_gather(
       (self.head, self.head_bias, self.pool, self.pool_bias)
     )
     pooled_B1D = jnp.tanh(x_BSD[:, :1] @ pool[...] + pool_bias[...][None, None])
     hidden_B1D, head_VD = layers.with_bias(pooled_B1D, head[...], head_bias[...])
-    return Output(hidden_B1D, head_VD, taps_PBTD=taps_PBSD, embedding_BTD=mean_B1D)
+    return Output(hidden_B1D, head_VD, taps_PBTD=taps_PBSD, embedding_BTD=whole_B1D)
 
   def encode(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()

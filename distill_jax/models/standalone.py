@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
-from distill_jax.hub import export
+from distill_jax.hub import export, sentence_files
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import loading, runs
 from distill_jax.models.loading import LoadedModel, ModelSource
@@ -161,6 +161,8 @@ def export_model(
     opened = loading.open_source(ModelOptions(source=str(like)))
     files, generation = _tokenizer_files(opened), opened.generation
   bare = model.model if isinstance(model, LoadedModel) else model
+  pooling = getattr(bare.config, "pooling", "mean")  # the default of sentence-transformers
+  extra = sentence_files.content(pooling, bare.config.hidden_size) if pooling != "mean" else None
   name = str(folder).rstrip("/").rpartition("/")[2]
   export.export_model(
     bare,
@@ -169,6 +171,7 @@ def export_model(
     generation=generation,
     card=card or CARD.format(name=name),
     dtype=dtype,
+    extra=extra,
   )
   return {"export_dir": str(folder), "parameters": params.count(bare)}
 

@@ -39,6 +39,7 @@ class TextEncoderConfig(Protocol):
 
   num_labels: int
   max_position_embeddings: int
+  pooling: str
 
   @property
   def embedding_size(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
 from distill_jax.data import sources
+from distill_jax.hub import sentence_files
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
@@ -51,17 +53,9 @@ class Task(JsonlTask):
     _texts.check_length(self.kind, self.max_tokens, config)
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
-    """Returns the files of sentence-transformers: mean pooling and normalisation."""
-    parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    modules = [
-      {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-      for i, (path, kind) in enumerate(parts.items())
-    ]
+    """Returns the files of sentence-transformers: pooling and normalisation."""
+    pooling = cast(TextEncoderConfig, config).pooling
     return {
-      "modules.json": modules,
+      **sentence_files.content(pooling, config.hidden_size),
       "sentence_bert_config.json": {"max_seq_length": self.max_tokens},
-      "1_Pooling/config.json": {
-        "word_embedding_dimension": config.hidden_size,
-        "pooling_mode_mean_tokens": True,
-      },
     }

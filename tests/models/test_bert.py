@@ -1,5 +1,7 @@
 """BERT beside transformers, as a classifier and as a sentence encoder."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from parity import error
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, export, load
 from distill_jax.hub.pretrained import open_model
-from distill_jax.models import loading
+from distill_jax.models import loading, standalone
 from distill_jax.models.options import ModelOptions
 from distill_jax.nn import layers, params, sharding
 from distill_jax.types import Inputs
@@ -113,6 +115,50 @@ def test_a_sentence_encoder_is_read_without_a_prefix(tmp_path):
   again = transformers.AutoModel.from_pretrained(tmp_path / "ours")
   for name, value in model.state_dict().items():
     assert torch.equal(again.state_dict()[name], value), name
+
+
+def published(folder, **pooling):
+  """Writes a sentence encoder with the files of sentence-transformers."""
+  model = theirs(transformers.BertModel)
+  model.save_pretrained(folder)
+  kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+  modules = [{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in kinds.items()]
+  (folder / "modules.json").write_text(json.dumps(modules))
+  (folder / "1_Pooling").mkdir()
+  (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+  return model
+
+
+CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+def test_an_embedding_can_be_the_first_token(tmp_path):
+  """As for BAAI/bge; an export has the same files, and is read again."""
+  model = published(tmp_path / "theirs", word_embedding_dimension=48, **CLS)
+  tokens, segments, inputs = batch()
+  with torch.no_grad():
+    x = model(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)).last_hidden_state
+  ours = load.load_model(open_model(str(tmp_path / "theirs")), MESH, layers.ComputeConfig())
+  out = jax.jit(lambda m: m(inputs, layers.ComputeConfig()))(ours)
+  assert error(out.embedding_BTD[:, 0], x[:, 0]) < FORWARD
+  assert error(out.hidden_BTD[:, 0], torch.nn.functional.normalize(x[:, 0])) < FORWARD
+  standalone.export_model(ours, tmp_path / "ours", dtype="float32")
+  written = json.loads((tmp_path / "ours/1_Pooling/config.json").read_text())
+  assert written == {"word_embedding_dimension": 48, **CLS}
+  assert open_model(str(tmp_path / "ours")).config == ours.config
+  again = transformers.AutoModel.from_pretrained(tmp_path / "ours")
+  assert all(torch.equal(again.state_dict()[name], v) for name, v in model.state_dict().items())
+
+
+def test_other_embeddings_are_refused(tmp_path):
+  published(tmp_path, pooling_mode_cls_token=True)  # and the mean, which is the default
+  with pytest.raises(InputError, match="the pooling is .*mean_tokens.*; expected one of"):
+    open_model(str(tmp_path))
+  modules = json.loads((tmp_path / "modules.json").read_text())
+  modules += [{"path": "3_Dense", "type": "sentence_transformers.models.Dense"}]
+  (tmp_path / "modules.json").write_text(json.dumps(modules))
+  with pytest.raises(InputError, match="type is 'Dense'; expected one of Transformer"):
+    open_model(str(tmp_path))
 
 
 def test_a_new_head_is_initialised_on_request(tmp_path):
