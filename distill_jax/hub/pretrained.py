@@ -15,7 +15,7 @@ from typing import cast
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.hub import compressed, float8, identity, prefixed, sentence_files, timm_vit
+from distill_jax.hub import compressed, float8, identity, renamed, sentence_files, timm_vit
 from distill_jax.hub.gguf_tokenizer import tokenizer_files
 from distill_jax.hub.locate import locate
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
@@ -108,8 +108,8 @@ def _open_folder(
     return float8.BlockScaled(weights, block) if block else weights
 
   if timm_vit.is_plain_vit(hf):  # its sizes are in the headers of the weights
-    hf, renamed = timm_vit.read(open_weights(), folder)
-    return _opened(source, folder, hf, lambda: renamed, tokenizer, generation)
+    hf, of_timm = timm_vit.read(open_weights(), folder)
+    return _opened(source, folder, hf, lambda: of_timm, tokenizer, generation)
   return _opened(source, folder, hf, open_weights, tokenizer, generation)
 
 
@@ -145,7 +145,7 @@ def _opened(
     source,
     family,
     config,
-    lambda: prefixed.prefixed(open_weights(), prefix, after),
+    lambda: renamed.renamed(open_weights(), prefix, after),
     tokenizer,
     {**ids, **generation},
   )

@@ -14,7 +14,7 @@ A family is a module with these names:
   TINY, CONFIGS    an architecture for tests, and published architectures by name
 
 Some families also define PREFIX and AFTER, for checkpoints whose tensor names may lack a prefix
-(hub/prefixed.py).
+(hub/renamed.py).
 """
 
 from distill_jax.models._decoder import Block as DecoderBlock

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import error
+from safetensors.numpy import load_file, save_file
 
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, export, load
@@ -159,6 +160,23 @@ def test_other_embeddings_are_refused(tmp_path):
   (tmp_path / "modules.json").write_text(json.dumps(modules))
   with pytest.raises(InputError, match="type is 'Dense'; expected one of Transformer"):
     open_model(str(tmp_path))
+
+
+def test_the_names_of_norms_from_tensorflow_are_read(tmp_path):
+  """Like bert-base-uncased, with gamma for weight and beta for bias."""
+  theirs(transformers.BertModel).save_pretrained(tmp_path)
+  file = tmp_path / "model.safetensors"
+  named = load_file(file)
+  old = lambda n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+  save_file({old(n): x for n, x in named.items()}, file, metadata={"format": "pt"})
+  want = transformers.BertModel.from_pretrained(tmp_path).embeddings.LayerNorm
+  ours = load.load_model(open_model(str(tmp_path)), MESH, layers.ComputeConfig())
+  np.testing.assert_array_equal(ours.norm[...], want.weight.detach())
+  np.testing.assert_array_equal(ours.norm_bias[...], want.bias.detach())
+  both = "embeddings.LayerNorm.weight"
+  save_file({old(n): x for n, x in named.items()} | {both: named[both]}, file)
+  with pytest.raises(InputError, match="LayerNorm.gamma and .*LayerNorm.weight are the same"):
+    _ = open_model(str(tmp_path)).weights
 
 
 def test_a_new_head_is_initialised_on_request(tmp_path):
