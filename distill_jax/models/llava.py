@@ -23,6 +23,15 @@ SUPPORTED_VALUES = {
   "multimodal_projector_bias": True,
   "vision_feature_select_strategy": "default",
 }
+TEXT_DEFAULTS: JsonObject = {  # of LlamaConfig, for keys that text_config may lack
+  "vocab_size": 32_000,
+  "hidden_size": 4_096,
+  "intermediate_size": 11_008,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "max_position_embeddings": 2_048,
+  "rms_norm_eps": 1e-6,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +80,8 @@ class Config(SizesOfPart):
       raise bad_value(key, layer, "the number of one layer", "Use another model")
     token = hf["image_token_id"] if "image_token_id" in hf else hf["image_token_index"]
     tower = _encoder.config_of_part(_vision_tower.VisionConfig, vision)
+    if kinds[0] == "llama":
+      text = TEXT_DEFAULTS | text
     return cls(llama.Config.from_hf(text), tower, token, layer)
 
   def to_hf(self) -> JsonObject:

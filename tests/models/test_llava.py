@@ -146,6 +146,16 @@ def test_a_shape_has_its_published_size():
   assert llava.Config.from_hf(config.to_hf()) == config
 
 
+def test_text_config_has_the_defaults_of_transformers():
+  """As in the config.json of llava-1.5-7b, which has only what differs from LlamaConfig."""
+  want = llava.CONFIGS["llava-1.5-7b"]
+  text = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32_064}
+  hf = {**want.to_hf(), "text_config": {**text, "rms_norm_eps": 1e-5}}
+  assert llava.Config.from_hf(hf) == want
+  theirs = transformers.LlamaConfig()
+  assert {k: getattr(theirs, k) for k in llava.TEXT_DEFAULTS} == llava.TEXT_DEFAULTS
+
+
 def test_unsupported_configs_are_refused(both):
   hf = both[1].config.to_hf()
   assert llava.Config.from_hf(hf) == both[1].config
