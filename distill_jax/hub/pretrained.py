@@ -137,7 +137,9 @@ def _opened(
   config = _config(family, hf, location)
   module = registry.load("models", family)
   prefix, after = (getattr(module, name, "") for name in ("PREFIX", "AFTER"))
+  starts = getattr(module, "OTHER_STARTS", {})
   if tokenizer is not None:
+    tokenizer = tokenizer.without(getattr(module, "UNREAD_TOKENS", ()))
     check_vocabulary(tokenizer.size(), cast(TextConfig, config).vocab_size)
   # An id that is null stays null in exports; transformers replaces a missing id by its default.
   ids = {k: hf[k] for k in IDS if k in hf}
@@ -145,7 +147,7 @@ def _opened(
     source,
     family,
     config,
-    lambda: renamed.renamed(open_weights(), prefix, after),
+    lambda: renamed.renamed(open_weights(), prefix, after, starts),
     tokenizer,
     {**ids, **generation},
   )

@@ -3,7 +3,8 @@
 transformers saves a BertModel as "encoder.layer.0…", but the same body in a classifier as
 "bert.encoder.layer.0…". A family declares the second form. And transformers 5 saves a LLaVA as
 "vision_tower.encoder…", but older versions and vLLM use "vision_tower.vision_model.encoder…".
-Checkpoints that were converted from TensorFlow have "LayerNorm.gamma" and "LayerNorm.beta".
+Checkpoints that were converted from TensorFlow have "LayerNorm.gamma" and "LayerNorm.beta". A
+Gemma 3 that also reads images has its text part under "language_model.".
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from distill_jax.hub.weights import Index, Weights
 ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def renamed(weights: Weights, prefix: str = "", after: str = "") -> Weights:
+def renamed(
+  weights: Weights, prefix: str = "", after: str = "", starts: Mapping[str, str] | None = None
+) -> Weights:
   """Returns the weights under the names of the family.
 
   Args:
@@ -26,6 +29,7 @@ def renamed(weights: Weights, prefix: str = "", after: str = "") -> Weights:
     prefix: the prefix to insert, unless a name has it already; "": none.
     after: names that start with this get the prefix after it; others are unchanged. With "", all
       names get the prefix at the start.
+    starts: other starts of names, with what they are replaced by.
 
   Raises:
     InputError: two tensors would have the same name.
@@ -38,6 +42,9 @@ def renamed(weights: Weights, prefix: str = "", after: str = "") -> Weights:
     name = old
     if prefix and name.startswith(after):
       name = after + prefix + name.removeprefix(after)
+    for start, new in (starts or {}).items():
+      if old.startswith(start):
+        name = new + old.removeprefix(start)
     for end, new in ENDS.items():
       if name.endswith(end):
         name = name.removesuffix(end) + new

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+from collections.abc import Collection
+from typing import Self
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import parse_hf_json, read_hf_json, read_text
@@ -39,6 +42,19 @@ class TokenizerFiles:
         f"The chat_template in tokenizer_config.json lacks {e}. Download the file again."
       ) from e
     return template
+
+  def without(self, tokens: Collection[str]) -> Self:
+    """Returns the files without some of the added tokens, whose text is then ordinary text."""
+    if self.json is None or not any(token in self.json for token in tokens):
+      return self
+    parsed = parse_hf_json(self.json.encode(), "tokenizer.json")
+    try:
+      parsed["added_tokens"] = [t for t in parsed["added_tokens"] if t["content"] not in tokens]
+    except (KeyError, TypeError) as e:
+      raise InputError(
+        f"tokenizer.json has no list of added tokens ({e!r}). Download it again."
+      ) from e
+    return dataclasses.replace(self, json=json.dumps(parsed, ensure_ascii=False, indent=2))
 
   def size(self) -> int:
     """Returns the number of ids of the tokenizer: the largest id plus 1."""

@@ -13,8 +13,9 @@ A family is a module with these names:
                    compute, taps), it returns a types.Output
   TINY, CONFIGS    an architecture for tests, and published architectures by name
 
-Some families also define PREFIX and AFTER, for checkpoints whose tensor names may lack a prefix
-(hub/renamed.py).
+Some families also define PREFIX and AFTER, for checkpoints whose tensor names may lack a prefix,
+and OTHER_STARTS, for those that may start in another way (hub/renamed.py); or UNREAD_TOKENS, tokens
+of the tokenizer that the model does not read, whose text is then ordinary text.
 """
 
 from distill_jax.models._decoder import Block as DecoderBlock

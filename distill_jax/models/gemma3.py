@@ -1,4 +1,7 @@
-"""Gemma 3, text only: alternating local and global attention (arXiv:2503.19786)."""
+"""Gemma 3, text only: alternating local and global attention (arXiv:2503.19786).
+
+Of checkpoints that also read images (`gemma3`: 4B, 12B and 27B), the text part is read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,25 @@ from distill_jax.models._windows import GLOBAL, LOCAL, check_kinds
 from distill_jax.nn import attention, layers, sharding
 from distill_jax.types import Inputs, JsonObject
 
-HF_MODEL_TYPES = ("gemma3_text",)  # model_type in config.json
+HF_MODEL_TYPES = ("gemma3_text", "gemma3")  # model_type in config.json
+OTHER_STARTS = {  # of the tensors of the text part, in checkpoints that also read images
+  "language_model.model.": "model.",
+  "model.language_model.": "model.",
+  "language_model.lm_head.": "lm_head.",
+}
+VISION = ("vision_tower.", "multi_modal_projector.")  # the other tensors there
+UNREAD_TOKENS = ("<image_soft_token>",)  # the 1B model's embedding has no row for it
+TEXT_DEFAULTS: JsonObject = {  # of Gemma3TextConfig, for keys that text_config may lack
+  "vocab_size": 262_208,
+  "hidden_size": 2_304,
+  "intermediate_size": 9_216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "max_position_embeddings": 131_072,
+  "rms_norm_eps": 1e-6,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +72,8 @@ class Config(_decoder.Config):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
+    if hf.get("model_type") == "gemma3":
+      hf = TEXT_DEFAULTS | hf["text_config"]
     rope = hf.get("rope_parameters") or {}  # since transformers 5, by kind of layer
     theta = {"rope_theta": hf.get("rope_theta", 1_000_000.0)}
     global_rope = theta | (rope.get(GLOBAL) or {}) | (hf.get("rope_scaling") or {})
@@ -70,6 +93,9 @@ class Config(_decoder.Config):
     local_rope = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
     both = {GLOBAL: hf["rope_parameters"], LOCAL: local_rope}
     return {**hf, "layer_types": list(self.layer_types), "rope_parameters": both}
+
+  def ignores_tensor(self, name: str) -> bool:
+    return name.removeprefix("model.").startswith(VISION) or super().ignores_tensor(name)
 
   def keep_layers(self, kept: tuple[int, ...]) -> Self:
     types = tuple(self.layer_types[i] for i in kept)

@@ -1,6 +1,7 @@
 """Gemma 3 against transformers (torch, float32), and what its config.json may say."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,17 @@ import numpy as np
 import optax
 import parity
 import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
 
+from distill_jax.data import corpus
 from distill_jax.errors import InputError
 from distill_jax.evals import next_token as lm
+from distill_jax.hub import load
+from distill_jax.hub.pretrained import open_model
 from distill_jax.losses import ce
 from distill_jax.models import gemma3
-from distill_jax.nn import fused_head, layers
+from distill_jax.nn import fused_head, layers, sharding
 from distill_jax.records import sampler
 from distill_jax.training import outputs, step
 from distill_jax.types import Batch
@@ -105,6 +111,59 @@ def test_rope_scaling_changes_rope_parameters_as_in_transformers():
   theirs = parity.transformers.Gemma3TextConfig(**hf).rope_parameters[gemma3.GLOBAL]
   assert ours.rope_theta == theirs["rope_theta"] == 5e4
   assert ours.rope_scaling.factor == theirs["factor"] == 3.0
+
+
+# As in the config.json of gemma-3-4b, the sizes that are those of Gemma3TextConfig are missing.
+MISSING = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size")
+
+
+@pytest.mark.parametrize("start", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_of_images_is_read(start, tmp_path):
+  transformers, torch = parity.transformers, parity.torch
+  torch.manual_seed(0)
+  vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+  vision |= {"hidden_size": 16, "intermediate_size": 16}
+  c = transformers.Gemma3Config(text_config=parity.BASE | GEMMA, vision_config=vision)
+  theirs = transformers.Gemma3ForConditionalGeneration(c).float().eval()
+  theirs.save_pretrained(tmp_path)
+  file = tmp_path / "model.safetensors"
+  ends = {n.partition("layers.0.")[0] for n in load_file(file) if "layers.0.input_" in n}
+  named = {n.replace(*ends, start): x for n, x in load_file(file).items()}
+  save_file(named, file, metadata={"format": "pt"})
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  ours = load.load_model(open_model(str(tmp_path)), mesh, layers.ComputeConfig())
+  tokens_BT = parity.tokens()
+  with torch.no_grad():
+    want = theirs(torch.from_numpy(tokens_BT).long()).logits
+  out = jax.jit(lambda m: m(parity.plain_inputs(tokens_BT), layers.ComputeConfig()))(ours)
+  assert parity.error(out.hidden_BTD @ out.head_VD.T, want) < parity.FORWARD
+
+
+def test_text_config_has_the_defaults_of_transformers():
+  text = gemma3.CONFIGS["gemma-3-4b"].to_hf()
+  for key in MISSING:
+    del text[key]
+  read = gemma3.Config.from_hf({"model_type": "gemma3", "text_config": text})
+  assert read == gemma3.CONFIGS["gemma-3-4b"]
+  theirs = parity.transformers.Gemma3TextConfig()
+  assert {k: getattr(theirs, k) for k in gemma3.TEXT_DEFAULTS} == gemma3.TEXT_DEFAULTS
+
+
+def test_a_token_of_images_without_a_row_is_ordinary_text(tmp_path):
+  """Like gemma-3-1b: 262,144 rows, and a tokenizer with <image_soft_token> as id 262,144."""
+  words = {f"w{i}": i for i in range(254)} | {"<unk>": 254, "<image_soft_token>x": 255}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+  tokenizer.add_special_tokens(["<image_soft_token>"])
+  (tmp_path / "config.json").write_text(json.dumps(gemma3.TINY.to_hf()))
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  opened = open_model(str(tmp_path))
+  ours = corpus.of_files(opened.tokenizer, "tiny")
+  assert (tokenizer.get_vocab_size(), ours.vocab_size) == (257, 256)
+  assert ours.encode("<image_soft_token>x") == [255]
+  tokenizer.add_special_tokens(["<another>"])
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(InputError, match="has 258 tokens, but the model's embedding has 256 rows"):
+    open_model(str(tmp_path))
 
 
 def test_a_student_keeps_the_kinds_of_its_layers():
