@@ -1,7 +1,8 @@
 """Block-scaled float8 weights, the published format of DeepSeek-V3, dequantised on reading.
 
-For a matrix `NAME.weight` in float8 (e4m3), the checkpoint also has `NAME.weight_scale_inv` in
-float32, with one scale for each block of 128 x 128 values (arXiv:2412.19437, section 3.3).
+For a matrix `NAME.weight` in float8 (e4m3), the checkpoint also has `NAME.weight_scale_inv`, with
+one scale for each block of 128 x 128 values (arXiv:2412.19437, section 3.3). Scales are in float32
+for DeepSeek-V3 and in bfloat16 for Qwen3.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from distill_jax.errors import InputError
-from distill_jax.hub.weights import Index, Weights
+from distill_jax.hub.weights import FLOATS, Index, Weights
 
 SUFFIX = "_scale_inv"
 # The table of all 256 values: a lookup is 4 times faster than a conversion by ml_dtypes.
@@ -74,8 +75,10 @@ class BlockScaled:
         f"float8_e4m3fn matrix and {blocks} scales for blocks of {self._block}. Download both "
         "again."
       )
-    if scale_dtype != np.float32:
-      raise InputError(f"{name + SUFFIX} is {scale_dtype}; expected float32. Download it again.")
+    if scale_dtype not in FLOATS.values():
+      raise InputError(
+        f"{name + SUFFIX} is {scale_dtype}; expected one of {', '.join(FLOATS)}. Download it again."
+      )
 
   def names(self) -> set[str]:
     return self._weights.names() - {n + SUFFIX for n in self._scaled}
@@ -93,7 +96,8 @@ class BlockScaled:
     index = index or (slice(0, shape[0]), slice(0, shape[1]))
     x = self._weights.read(name, index).view(np.uint8)
     rows = range(shape[0])[index[0]]
-    scales = np.repeat(self._weights.read(name + SUFFIX), width, axis=1)[:, : shape[1]]
+    scales = self._weights.read(name + SUFFIX).astype(np.float32)
+    scales = np.repeat(scales, width, axis=1)[:, : shape[1]]
     scales, out = scales[:, index[1]], np.empty(x.shape, np.float32)
     for b in range(rows.start // height, -(-rows.stop // height)):  # one row of blocks at a time
       a, z = (min(max(r - rows.start, 0), len(rows)) for r in (b * height, (b + 1) * height))

@@ -24,7 +24,7 @@ BLOCK = (16, 24)  # neither divides every size below
 WIDE = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=80)
 
 
-def quantised(seed: int = 0, block=BLOCK) -> tuple[dict, dict]:
+def quantised(seed: int = 0, block=BLOCK, scale_dtype=np.float32) -> tuple[dict, dict]:
   """Returns (stored tensors, their values); only matrices of layers are scaled, as in DeepSeek."""
   rng, stored, true = np.random.default_rng(seed), {}, {}
   for name, x in tensors(WIDE).items():
@@ -32,10 +32,10 @@ def quantised(seed: int = 0, block=BLOCK) -> tuple[dict, dict]:
     if ".layers." not in name or x.ndim < 2:
       continue
     blocks = [-(-n // b) for n, b in zip(x.shape, block, strict=True)]
-    scale = rng.uniform(0.5, 20, blocks).astype(np.float32)
+    scale = rng.uniform(0.5, 20, blocks).astype(scale_dtype)
     stored[name] = x.astype(ml_dtypes.float8_e4m3fn)
     stored[name + "_scale_inv"] = scale
-    wide = np.kron(scale, np.ones(block, np.float32))[: x.shape[0], : x.shape[1]]
+    wide = np.kron(scale.astype(np.float32), np.ones(block, np.float32))[: x.shape[0], : x.shape[1]]
     true[name] = stored[name].astype(np.float32) * wide
   return stored, true
 
@@ -46,8 +46,10 @@ def folder_of(path, stored, **quantization):
   return write_folder(path, WIDE, stored, hf)
 
 
-def test_the_values_and_any_slice_of_them(tmp_path):
-  stored, true = quantised()
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_the_values_and_any_slice_of_them(scale_dtype, tmp_path):
+  """DeepSeek-V3 has scales in float32, and Qwen3 in bfloat16."""
+  stored, true = quantised(scale_dtype=np.dtype(scale_dtype))
   weights = open_model(str(folder_of(tmp_path, stored))).weights
   check_values_and_slices(weights, true)
 
@@ -89,8 +91,8 @@ DAMAGE = {
     "5, 3. scales for blocks",
   ),
   "scales of another kind": (
-    lambda w: w.update({WEIGHT + "_scale_inv": w[WEIGHT + "_scale_inv"].astype(np.float16)}),
-    "expected float32",
+    lambda w: w.update({WEIGHT + "_scale_inv": w[WEIGHT + "_scale_inv"].astype(np.int32)}),
+    "is int32; expected one of float32",
   ),
   "scales of a vector": (
     lambda w: w.update({"model.norm.weight_scale_inv": np.ones(1, np.float32)}),
