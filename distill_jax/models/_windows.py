@@ -27,6 +27,11 @@ def check_kinds(types: tuple[str, ...], layers: int) -> None:
     raise bad_value("layer_types", types, expected, "Correct the model's config")
 
 
+def size(hf: JsonObject) -> int | None:
+  """Returns `sliding_window` in config.json; null is None, and without the key it is 4,096."""
+  return hf.get("sliding_window", 4_096)  # the default of Mistral and Qwen in transformers
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(_decoder.Config):
   """A decoder's architecture with Qwen's field names for windows.
@@ -50,7 +55,8 @@ class Config(_decoder.Config):
 
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
-    used = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
+    window = size(hf)
+    used = hf.get("use_sliding_window") and window is not None
     numbers = range(hf["num_hidden_layers"]) if used else ()
     kinds = hf.get("layer_types") or [  # written by transformers 5 only
       GLOBAL if i < hf.get("max_window_layers", 28) else LOCAL for i in numbers
@@ -58,12 +64,12 @@ class Config(_decoder.Config):
     if LOCAL in kinds and not used:
       raise InputError(
         f"layer_types in config.json contains {LOCAL!r}, but use_sliding_window is "
-        f"{hf.get('use_sliding_window')!r} and sliding_window is {hf.get('sliding_window')!r}. Set "
+        f"{hf.get('use_sliding_window')!r} and sliding_window is {window!r}. Set "
         "both, or make all layers 'full_attention'."
       )
     if set(kinds) <= {GLOBAL}:
       return super().from_hf({**hf, "sliding_window": None, "layer_types": ()})
-    return super().from_hf({**hf, "layer_types": tuple(kinds)})
+    return super().from_hf({**hf, "sliding_window": window, "layer_types": tuple(kinds)})
 
   def to_hf(self) -> JsonObject:
     hf = super().to_hf()

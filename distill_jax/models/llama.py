@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Self
 
-from distill_jax.models import _decoder
+from distill_jax.models import _decoder, _windows
 from distill_jax.models._decoder import Block, Model
 from distill_jax.models._rope import Llama3
 from distill_jax.types import JsonObject
@@ -31,7 +31,7 @@ class Config(_decoder.Config):
   @classmethod
   def from_hf(cls, hf: JsonObject) -> Self:
     # transformers ignores a sliding window in the config.json of a Llama.
-    window = hf.get("sliding_window") if hf.get("model_type") == "mistral" else None
+    window = _windows.size(hf) if hf.get("model_type") == "mistral" else None
     return super().from_hf({**hf, "sliding_window": window})
 
   def to_hf(self) -> JsonObject:

@@ -51,6 +51,14 @@ def test_mistral_matches_transformers(case, tmp_path):
   assert max(errors) < parity.FORWARD, errors
 
 
+def test_the_window_of_a_mistral_without_the_key_is_that_of_transformers():
+  hf = {k: v for k, v in llama.TINY.to_hf().items() if k != "sliding_window"}
+  for given in ({}, {"sliding_window": None}, {"sliding_window": 7}):
+    want = parity.transformers.MistralConfig(**given).sliding_window
+    read = llama.Config.from_hf({**hf, **given, "model_type": "mistral"})
+    assert read.sliding_window == want
+
+
 def test_a_window_changes_outputs_at_these_positions(tmp_path):
   theirs = parity.torch_model("mistral", sliding_window=5)
   ours, inputs = parity.ours_from(theirs, tmp_path), parity.plain_inputs(parity.tokens())

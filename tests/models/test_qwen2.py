@@ -110,6 +110,17 @@ def test_a_window_after_the_last_layer_is_ignored():
   assert qwen2.Config.from_hf(qwen2.TINY.to_hf() | change) == qwen2.TINY
 
 
+@pytest.mark.parametrize("given", [{}, {"sliding_window": None}], ids=str)
+def test_a_window_without_a_size_is_that_of_transformers(given):
+  hf = qwen2.TINY.to_hf() | {"use_sliding_window": True, "max_window_layers": 1, **given}
+  want = parity.transformers.Qwen2Config(**hf)
+  ours = qwen2.Config.from_hf(hf)
+  assert ours.sliding_window == want.sliding_window
+  assert [ours.window_at(i) is not None for i in range(3)] == [
+    kind == "sliding_attention" for kind in want.layer_types
+  ]
+
+
 def test_kept_layers_keep_their_windows():
   c = qwen2.CONFIGS["tiny-window"]
   assert c.keep_layers((2, 1)).layer_types == ("sliding_attention", "full_attention")
