@@ -12,6 +12,7 @@ import numpy as np
 from distill_jax.runtime import extras
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+MODES = {1: "L", 3: "RGB"}  # Pillow's names of grey and colour, by number of channels
 
 
 def pillow() -> Any:
@@ -31,6 +32,19 @@ def in_folder(folder: Path) -> list[Path]:
   return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
+def with_channels(image: Any, channels: int) -> Any:
+  """Returns an image of Pillow with 8 bits per channel.
+
+  Args:
+    image: The image. Of 16-bit grey, which Pillow would clip at 255, the upper 8 bits are used.
+    channels: 1 for grey, 3 for colour.
+  """
+  if image.mode.startswith("I"):  # "I;16", and "I" in older versions of Pillow
+    upper = np.asarray(image).astype(np.int32) >> 8
+    image = pillow().fromarray(upper.clip(0, 255).astype(np.uint8))
+  return image.convert(MODES[channels])
+
+
 def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
   """Decodes an image and resizes it as CLIP's processor does.
 
@@ -47,7 +61,7 @@ def decode(raw: bytes, size: int, channels: int) -> np.ndarray | None:
   Image = pillow()
   try:
     with Image.open(io.BytesIO(raw)) as opened:
-      image = opened.convert("L" if channels == 1 else "RGB")
+      image = with_channels(opened, channels)
   except decode_errors():
     return None
   short = min(image.size)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from distill_jax.data.bad_input import BadInputPolicy
-from distill_jax.data.image_files import decode_errors, pillow
+from distill_jax.data.image_files import MODES, decode_errors, pillow, with_channels
 from distill_jax.errors import InputError, bad_value
 from distill_jax.runtime.progress import Progress
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 UBYTE = 8  # IDX's type code for unsigned bytes
-MODES = {1: "L", 3: "RGB"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class ImageSpec:
 
   def pixels(self, image: Any) -> np.ndarray:
     """Returns the pixels of an image with this size and number of channels, uint8 [W, W, M]."""
-    image = image.convert(MODES[self.channels])
+    image = with_channels(image, self.channels)
     if image.size != (self.size, self.size):
       image = image.resize((self.size, self.size), pillow().Resampling.BILINEAR)
     return np.asarray(image).reshape(self.size, self.size, self.channels)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from tiny_images import NAMES, W, idx, write_folder, write_idx
 
+from distill_jax.data import image_files, labelled_images
 from distill_jax.errors import InputError
 from distill_jax.models import vit
 from distill_jax.tasks import image_classes
@@ -61,6 +62,20 @@ def test_images_are_normalised_as_in_transformers(tmp_path):
   images = [Image.fromarray(x) for x in made["ankle"][:3]]
   want = theirs(images, return_tensors="np")["pixel_values"]
   np.testing.assert_allclose(np.transpose(read, (0, 3, 1, 2)), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_with_16_bits_keeps_its_upper_8(channels, tmp_path):
+  """65,535 is white, and 255 is almost black; Pillow alone would clip all above 255 to white."""
+  grey = np.random.default_rng(0).integers(0, 2**16, (W, W)).astype(np.uint16)
+  grey[0, :4] = 0, 255, 256, 2**16 - 1
+  Image.fromarray(grey).save(tmp_path / "x.png")
+  want = np.repeat((grey // 256)[..., None], channels, -1)
+  with Image.open(tmp_path / "x.png") as image:
+    assert image.mode.startswith("I")
+    np.testing.assert_array_equal(labelled_images.ImageSpec(W, channels).pixels(image), want)
+  got = image_files.decode((tmp_path / "x.png").read_bytes(), W, channels)
+  np.testing.assert_array_equal(got, want)
 
 
 def test_sizes_that_differ_are_bad_or_resized(tmp_path):
