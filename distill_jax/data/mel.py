@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import wave
 from math import gcd
 from pathlib import Path
@@ -14,6 +15,8 @@ from distill_jax.errors import InputError
 RATE = 16_000  # samples per second
 WINDOW, HOP = 400, 160  # length of a frame and distance between frames, in samples
 FLOOR, RANGE = 1e-10, 8.0  # minimum energy, and maximum range below the peak in units of log10
+EXTENSIBLE = b"\xfe\xff"  # a format that is named by 16 bytes at the end of the header
+INTEGERS = bytes.fromhex("0100000000001000800000aa00389b71")  # the name of integer samples
 
 
 def read_wav(path: Path) -> tuple[np.ndarray, int]:
@@ -26,7 +29,7 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
     InputError: If the file is not a wav file with integer samples, is truncated, or is empty.
   """
   try:
-    with wave.open(str(path), "rb") as f:
+    with wave.open(io.BytesIO(_plain(path.read_bytes())), "rb") as f:
       width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
       n_samples = f.getnframes()
       raw = f.readframes(n_samples)
@@ -49,6 +52,20 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
   else:
     x = x / np.float32(2.0 ** (x.itemsize * 8 - 1))
   return x.reshape(-1, channels).mean(1, dtype=np.float32), rate
+
+
+def _plain(raw: bytes) -> bytes:
+  """Returns a wav file with the plain header of integer samples if it has the extensible one.
+
+  Python 3.11 does not read WAVE_FORMAT_EXTENSIBLE.
+  """
+  at = 12  # the first chunk: a name, the size of its content, and the content
+  while (name := raw[at : at + 4]) and name != b"fmt ":
+    size = int.from_bytes(raw[at + 4 : at + 8], "little")
+    at += 8 + size + size % 2
+  if raw[at + 8 : at + 10] == EXTENSIBLE and raw[at + 32 : at + 48] == INTEGERS:
+    return raw[: at + 8] + b"\x01\x00" + raw[at + 10 :]
+  return raw
 
 
 def resampled(x: np.ndarray, rate: int) -> np.ndarray:

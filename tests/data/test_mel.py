@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.io.wavfile
 from tiny_sounds import sound, write_wav
 
 from distill_jax.data import mel
@@ -32,6 +33,31 @@ def test_wav_of_every_width(tmp_path, width):
   assert rate == 8000 and got.dtype == np.float32
   # The tolerance is half a step, plus half a step since the largest value is one step below 1.
   np.testing.assert_allclose(got, x, atol=2.0 ** (1 - 8 * width) + 1e-7)
+
+
+def extensible(raw: bytes, kind: int) -> bytes:
+  """Returns a wav file with the header WAVE_FORMAT_EXTENSIBLE, and with another chunk before it."""
+  name = bytes([kind]) + bytes.fromhex("00000000001000800000aa00389b71")
+  bits, data = raw[34:36], raw[36:]
+  header = b"\xfe\xff" + raw[22:36] + b"\x16\x00" + bits + bytes(4) + name
+  chunks = b"WAVEJUNK\x03\x00\x00\x00odd\x00fmt \x28\x00\x00\x00" + header + data
+  return b"RIFF" + len(chunks).to_bytes(4, "little") + chunks
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_wav_with_the_extensible_header(tmp_path, width):
+  file = write_wav(tmp_path / "a.wav", sound(0.1), mel.RATE, width, channels=2)
+  want, raw = mel.read_wav(file)[0], file.read_bytes()
+  file.write_bytes(extensible(raw, 1))
+  rate, theirs = scipy.io.wavfile.read(file)
+  got, our_rate = mel.read_wav(file)
+  np.testing.assert_array_equal(got, want)
+  assert our_rate == rate == mel.RATE
+  largest = 2.0 ** (15 if width == 2 else 31)  # scipy moves 24 bits to the upper ones of 32
+  np.testing.assert_allclose(got, (theirs / largest).mean(1), atol=1e-7)
+  file.write_bytes(extensible(raw, 3))  # float samples
+  with pytest.raises(InputError, match="is not a wav file with integer samples"):
+    mel.read_wav(file)
 
 
 def test_channels_are_averaged(tmp_path):
