@@ -11,6 +11,8 @@ DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(rf"(?<![\w.\\])-?\$?(?:{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?")
 GROUPS = re.compile(r"(?<=\d)(?:\\[,!;:\s]|\{,\}|~)(?=\d{3}(?!\d))")  # 1\,000, 1{,}000
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")  # but no TeX command
+UNITS = re.compile(r"(?<=[\d%])(?:\s+[a-z]+)+\.?$")
 PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 
 
@@ -30,8 +32,8 @@ def boxed(text: str) -> str | None:
 def final(text: str, box_only: bool = False) -> str | None:
   r"""Returns the final answer in a text, or None.
 
-  The answer is the content of the last \boxed{…}, else the line after the last "####", else the
-  last number.
+  The answer is the content of the last \boxed{…}, else the line after the last "####" (see
+  `hash_line`), else the last number.
 
   Args:
     text: The text, without the reasoning.
@@ -40,11 +42,22 @@ def final(text: str, box_only: bool = False) -> str | None:
   answer = boxed(text)
   if answer is not None or box_only:
     return answer or None
-  if "####" in text:
-    lines = text.rpartition("####")[2].strip().splitlines()
-    return lines[0].strip() if lines else None
+  if (answer := hash_line(text)) is not None:
+    return answer
   numbers = NUMBER.findall(text)
   return numbers[-1] if numbers else None
+
+
+def hash_line(text: str) -> str | None:
+  """Returns the line after the last "####", or None if it is a Markdown heading.
+
+  A line is a heading if it has words, except for units after a number, and other lines follow it.
+  """
+  _, mark, after = text.rpartition("####")
+  line, _, rest = after.strip().partition("\n")
+  line = line.replace("**", "").strip("* \t\r")
+  is_heading = rest and WORD.search(UNITS.sub("", TEXT.sub("", line)))
+  return line if mark and line and not is_heading else None
 
 
 def key(text: str) -> str:

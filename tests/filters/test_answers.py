@@ -92,6 +92,26 @@ def test_math_survives_answers_that_crash_or_hang_sympy():
 
 
 @pytest.mark.parametrize(
+  ("text", "answer"),
+  [
+    ("#### Step 1: add\n12 + 30 = 42\n\n#### Final answer\n\nThe total is 42.", "42"),
+    ("#### Step 2: subtract\nThe answer is 7.", "7"),
+    ("#### 1. Add\nIt is 5\n#### 2. Subtract\nSo 7.", "7"),
+    ("#### **18**", "18"),
+    ("#### **18**\n\nIn 2 steps.", "18"),
+    ("#### 18 dollars a day\n\nIn 2 steps.", "18 dollars a day"),
+    ("####\n\\frac{1}{2}\nThat is 50 of 100.", "\\frac{1}{2}"),
+    ("12 + 6\n#### x = 18\nQuestion: 5?", "x = 18"),
+    ("It rhymes.\n#### Paris", "Paris"),
+    ("It is 7.\n####", "7"),
+    ("####", None),
+  ],
+)
+def test_the_final_answer_of_a_text(text, answer):
+  assert answers.final(text) == answer
+
+
+@pytest.mark.parametrize(
   ("a", "b"),
   [
     ("0.5", r"\frac{1}{2}"),
