@@ -11,6 +11,7 @@ DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(rf"(?<![\w.\\])-?\$?(?:{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?")
 GROUPS = re.compile(r"(?<=\d)(?:\\[,!;:\s]|\{,\}|~)(?=\d{3}(?!\d))")  # 1\,000, 1{,}000
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+MINUS = re.compile(r"[\u2212\ufe63\uff0d]|(?<![\w)}])\u2013(?=[.$]?\d)")  # en dash: also in 3–5
 WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")  # but no TeX command
 UNITS = re.compile(r"(?<=[\d%])(?:\s+[a-z]+)+\.?$")
 PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
@@ -39,6 +40,7 @@ def final(text: str, box_only: bool = False) -> str | None:
     text: The text, without the reasoning.
     box_only: True to accept only \boxed{…}.
   """
+  text = MINUS.sub("-", text)
   answer = boxed(text)
   if answer is not None or box_only:
     return answer or None
@@ -66,6 +68,7 @@ def key(text: str) -> str:
   The key may be a solution with the answer in \boxed{…} or after "####". Otherwise, the whole key
   is the answer.
   """
+  text = MINUS.sub("-", text)
   inside = boxed(text)
   if inside is not None:
     return inside
@@ -84,7 +87,7 @@ def canonical(answer: str) -> str:
   For example, "0.5", "1/2" and "\frac{1}{2}" all become "1/2". Unlike the filter `math`, this does
   not evaluate expressions.
   """
-  s = TEXT.sub(r"\1", GROUPS.sub("", answer.strip()))
+  s = TEXT.sub(r"\1", GROUPS.sub("", MINUS.sub("-", answer.strip())))
   s = re.sub(r"\\(?:left|right|!|,|;|\s)|\^\s*\{?\\circ\}?|°|\\?[$%]|\s", "", s)
   s = s.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".")
   if match := PLAIN_FRACTION.fullmatch(s):

@@ -37,6 +37,7 @@ EQUAL = [
   (r"(0,1)\cup(2,3)", r"(0,1) \cup (2,3)"),
   (r"5\text{ cm}^2", "5"),
   (r"Thus \boxed{\frac{3}{4}}.", "0.75"),
+  ("–5", "-5"),
 ]
 OTHER = [
   ("72", "73"),
@@ -105,6 +106,12 @@ def test_math_survives_answers_that_crash_or_hang_sympy():
     ("It rhymes.\n#### Paris", "Paris"),
     ("It is 7.\n####", "7"),
     ("####", None),
+    ("The answer is −5.", "-5"),
+    ("The answer is **–$5**.", "-$5"),
+    ("#### －5", "-5"),
+    (r"\boxed{−\frac{1}{2}}", r"-\frac{1}{2}"),
+    ("It is 2 – 5 or 2–5.", "5"),
+    (r"\boxed{New York–London, 3–5}", "New York–London, 3–5"),
   ],
 )
 def test_the_final_answer_of_a_text(text, answer):
@@ -123,6 +130,8 @@ def test_the_final_answer_of_a_text(text, answer):
     ("-3/6", r"-\frac12"),
     ("2/0", "2/0"),
     ("10%", r"10\%"),
+    ("−5", "-5"),
+    ("–.5", "-0.5"),
   ],
 )
 def test_equal_answers_have_one_canonical_form(a, b):
