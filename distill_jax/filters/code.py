@@ -29,7 +29,12 @@ from distill_jax.filters._base import SampleFilter
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
-FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+FENCED = re.compile(
+  r"^([ \t]*)(`{3,}|~{3,})([^`\n]*)\n(.*?)(?:^(?!\1[ \t])[ \t]*\2[`~]*[ \t]*$|(?:\2)?\Z)",
+  re.MULTILINE | re.DOTALL,
+)
+PYTHON = re.compile(r"[ \t{.]*(?:py(?:thon)?[\d.]*\b.*)?", re.IGNORECASE)  # info string of a block
+FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^\n(]*)$", re.MULTILINE)
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")
 MAX_REPORT = 4096  # maximum length of a program's report, in bytes
 ENV = {
@@ -221,9 +226,9 @@ def _follow(path: str, links: dict[str, str]) -> str:
 def program(prompt: Any, text: str, entry: str) -> str:
   """Returns the whole program of a sample.
 
-  Its code is the last fenced block that defines `entry`, else the last fenced block, else the whole
-  answer. The prompt is put before it, except if the prompt is not code and the sample defines
-  `entry` itself.
+  Its code is the last Python block that defines `entry`, else the last Python block, else the whole
+  answer; see `python_blocks`. The prompt is put before it, except if the prompt is not code and the
+  sample defines `entry` itself.
 
   Args:
     prompt: The beginning of the program; ignored unless it is a string.
@@ -231,13 +236,37 @@ def program(prompt: Any, text: str, entry: str) -> str:
     entry: The name of the function to check.
   """
   answer = answer_part(text)
-  blocks = FENCE.findall(answer)
+  blocks = python_blocks(answer)
   whole = [block for block in blocks if _defines(block, entry)]
   source = [answer, *blocks, *whole][-1]
   prompt = prompt if isinstance(prompt, str) else ""
   if _defines(source, entry):  # the program may still use the prompt's imports and definitions
-    return f"{prompt}\n{source}" if _parses(prompt) else source
+    return _joined(prompt, source) if _parses(prompt) else source
   return prompt + source
+
+
+def python_blocks(text: str) -> list[str]:
+  """Returns the contents of a text's fenced blocks that are Python or name no language.
+
+  Fences are lines of at least three backticks or tildes. The indentation of the opening fence is
+  removed from its block, e.g. in a list; fences that are indented further belong to the block.
+  """
+  found = []
+  for indent, _, info, block in FENCED.findall(text.replace("\r\n", "\n").rstrip()):
+    lines = block.split("\n")
+    if all(line.startswith(indent) or not line.strip() for line in lines):
+      block = "\n".join(line.removeprefix(indent) for line in lines)
+    if PYTHON.fullmatch(info):
+      found.append(block)
+  return found
+
+
+def _joined(prompt: str, source: str) -> str:
+  """Returns two parts of a program as one, with the __future__ imports of both at its beginning."""
+  whole = f"{prompt}\n{source}"
+  if not FUTURE.search(source):
+    return whole
+  return "\n".join([*FUTURE.findall(whole), FUTURE.sub("", whole)])
 
 
 def _defines(source: str, entry: str) -> bool:

@@ -204,6 +204,38 @@ def test_programs_as_models_write_them():
     assert isinstance(judge("code", [a_sample(prompt="", **fields)], **LIMITS)[0], Unjudgeable)
 
 
+SQUARE = "def f(x):\n  return x * x\n"
+FENCES = 'def f(x):\n  """\n  ```\n  f(2)\n  ```\n  """\n  return x * x\n'
+
+
+@pytest.mark.parametrize(
+  ("text", "want"),
+  [
+    (f"```python\n{SQUARE}```", SQUARE),
+    (f"Install:\n```bash\npip install x\n```\n```python\n{SQUARE}```\nDone.", SQUARE),
+    (f"```python3\n{SQUARE}```\nIt squares.", SQUARE),
+    (f"```py title=f\n{SQUARE}```\n```text\n4\n```", SQUARE),
+    (f"```Python\n{SQUARE}```\nDone.".replace("\n", "\r\n"), SQUARE),
+    ("1. Code:\n   ```python\n   def f(x):\n     return x * x\n   ```\n2. Run it.", SQUARE),
+    (f"~~~\n{SQUARE}~~~\n", SQUARE),
+    (f"```python\n{FENCES}```\nIt squares.", FENCES),
+    (f"```python\n{SQUARE.rstrip()}```", SQUARE.rstrip()),
+    (f"Use `f`: ```x```\n```\n{SQUARE}", SQUARE.rstrip()),
+    ("```bash\npip install x\n```", "```bash\npip install x\n```"),
+  ],
+)
+def test_the_code_of_an_answer(text, want):
+  assert code.program(None, text, "f").removeprefix("\n") == want
+
+
+def test_future_imports_are_put_before_the_prompt():
+  prompt = "import math\n\n\ndef f(x: int) -> int:\n  '''Squares.'''\n"
+  text = f"```python\nfrom __future__ import annotations\n\n{SQUARE}```"
+  values = {}
+  exec(code.program(prompt, text, "f"), values)
+  assert values["f"](3) == 9 and "math" in values
+
+
 @needs_namespaces
 def test_the_sandbox_of_a_user_who_is_not_root(tmp_path):
   """In a user namespace (`unshare -r`), root has no privileges outside of it."""
