@@ -229,7 +229,8 @@ def _base(spec: ModelOptions) -> tuple[str, str] | None:
 
   Returns None if only a folder written with export.lora="base" can be the base.
   """
-  if not spec.source or spec.keep_layers or spec.source.startswith(ONLY_OURS):
+  is_changed = spec.keep_layers or spec.changes or spec.new
+  if not spec.source or is_changed or spec.source.startswith(ONLY_OURS):
     return None
   if not spec.source.startswith("hub:"):
     return None if spec.source.endswith(".gguf") else (spec.source, "")

@@ -16,7 +16,6 @@ from distill_jax.errors import InputError, bad_value
 if TYPE_CHECKING:  # worker processes must not import jax
   from distill_jax.types import JsonObject
 
-TURN_START = "<|im_start|>"  # a tokenizer without BOS has it as its bos_id
 PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "<|PAD_TOKEN|>")
 
 
@@ -43,7 +42,7 @@ def match_roles(
   if teacher.digest == student.digest:
     out |= {i: i for i in teacher.control}
   else:
-    pairs = [(_pad(teacher), _pad(student)), (_bos(teacher), _bos(student))]
+    pairs = [(_pad(teacher), _pad(student)), (teacher.tokenizer.bos_id, student.tokenizer.bos_id)]
     pairs += [(i, student.end) for i in teacher.stops]
     out |= {t: s for t, s in pairs if t is not None and s is not None}
   out |= {
@@ -90,12 +89,6 @@ def _checked(tokenizer: Tokenizer, i: int | None, token: str = "") -> int:
       "Use the tokenizer that belongs to the model."
     )
   return i
-
-
-def _bos(vocabulary: Vocabulary) -> int | None:
-  """Returns the id of the token that begins a text, if it does not begin every turn of a chat."""
-  bos = vocabulary.tokenizer.bos_id
-  return None if bos is None or vocabulary.tokenizer.piece(bos) == TURN_START else bos
 
 
 def _pad(vocabulary: Vocabulary) -> int | None:

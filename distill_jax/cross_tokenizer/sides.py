@@ -1,8 +1,8 @@
 """The tokens of a teacher and a student, as the keys of a config name them, and their tables.
 
-The student's texts end with its vocabulary's end of a document, never with the end of a turn that a
-tokenizer_config.json may name as its eos_token. Both sides end texts with all tokens that the
-model's generation config and tokenizer config name, too.
+Documents end with the vocabulary's end of a document, never with the end of a turn that a
+tokenizer_config.json may name as its eos_token. But all tokens that the model's generation config
+and tokenizer config name end a text, too.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def student_tokenizer(named: str, pretrained: Pretrained | None) -> Tokenizer | 
     InputError: The file does not exist, or is not a tokenizer.
   """
   if named:
-    folder, name = tokenizers.locate(locate(named))
-    where = files.join(folder, name)
-    return Tokenizer(files.read(where), where, None, None)
+    return tokenizers.load_tokenizer(locate(named))
   if pretrained is None or pretrained.tokenizer is None:
     return None
   return corpus.of_files(pretrained.tokenizer, pretrained.source)

@@ -41,8 +41,7 @@ def of_files(files: TokenizerFiles, source: str) -> tokenizers.Tokenizer:
   """
   raw = files.json.encode() if files.json is not None else files.sentencepiece
   assert raw is not None
-  # Documents end with the vocabulary's end-of-document token, not with the end of a chat turn.
-  return tokenizers.Tokenizer(raw, f"the tokenizer of {source}", None, None)
+  return tokenizers.Tokenizer(raw, f"the tokenizer of {source}", named=files.config)
 
 
 def source_of(data: DataOptions) -> sources.DocumentSource:
@@ -71,7 +70,9 @@ def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles
   """Returns the files of the tokenizer set in data.tokenizer, or of the model's, or None."""
   if not data.tokenizer:
     return pretrained.tokenizer if pretrained else None
-  return read_tokenizer(tokenizers.locate(data.tokenizer)[0])
+  folder, name = tokenizers.locate(data.tokenizer)
+  is_file = data.tokenizer.rpartition("/")[2] == name  # which may have any name
+  return read_tokenizer(folder, name if is_file else "")
 
 
 def block_tokenizer(

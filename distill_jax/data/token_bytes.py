@@ -1,12 +1,16 @@
-"""The bytes of single tokens, which may be parts of characters."""
+"""The bytes of tokens, which may be parts of characters."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from distill_jax.data.tokenizers import SPACE, Tokenizer
+from distill_jax.types import JsonObject
+
+# Decoders of a tokenizer.json that join the bytes of tokens, except at the beginning of a text.
+JOINING = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"}
 
 
 def reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
@@ -34,6 +38,28 @@ def reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
     return piece.replace(SPACE, " ").encode()
 
   return token_bytes
+
+
+def joiner(tokenizer: Tokenizer) -> Callable[[Sequence[int]], bytes]:
+  """Returns a function from the tokens of a part of a text to the bytes of that part.
+
+  `Tokenizer.decode` decodes whole texts: with the tokenizers of Llama 2 and Mistral, it drops a
+  space at the beginning, and replaces complete characters next to an incomplete one.
+  """
+  decoder = json.loads(tokenizer.raw)["decoder"] if tokenizer.kind == "huggingface" else {}
+  if decoder is None or not JOINING.issuperset(_types(decoder)):  # e.g. one that adds spaces
+    return lambda ids: tokenizer.decode(ids).encode()
+  hidden = set(tokenizer.special_tokens) if tokenizer.kind == "sentencepiece" else set()
+  read = reader(tokenizer)
+  return lambda ids: b"".join(read(i) for i in ids if tokenizer.piece(i) not in hidden)
+
+
+def _types(decoder: JsonObject) -> Iterator[str]:
+  """Yields the types of a decoder and of its parts."""
+  if decoder:
+    yield decoder["type"]
+  for part in decoder.get("decoders", ()):
+    yield from _types(part)
 
 
 def _byte_letters() -> dict[str, int]:

@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
-from distill_jax.hub.special_tokens import BOS, EOS
+from distill_jax.hub.special_tokens import BOS, EOS, TURN_START
 from distill_jax.runtime import extras, files, json_io
 
 if TYPE_CHECKING:  # the workers of `pack` must not import jax
@@ -35,8 +35,11 @@ class Tokenizer:
   Args:
     raw: The bytes of a tokenizer.json or a sentencepiece model.
     where: The name of the tokenizer, for messages.
-    eos: The token that ends a document, or its id; None: the first of EOS in the vocabulary.
-    bos: The token that begins a text, or its id; None: the first of BOS in the vocabulary.
+    eos: The token that ends a document, or its id. None: the first of EOS that is a special token.
+      The same name can be an ordinary token: </s> is an HTML tag in Gemma's vocabulary.
+    bos: The token that begins a text, or its id. None: the first of BOS that is a special token.
+    named: The content of tokenizer_config.json, whose eos_token and bos_token are used if the
+      vocabulary has no such special token. A token that begins each turn of a chat is no BOS.
 
   Attributes:
     kind: "huggingface" or "sentencepiece".
@@ -52,7 +55,14 @@ class Tokenizer:
     InputError: If the bytes are not a tokenizer, or a special token is not in its vocabulary.
   """
 
-  def __init__(self, raw: bytes, where: str, eos: str | int | None, bos: str | int | None):
+  def __init__(
+    self,
+    raw: bytes,
+    where: str,
+    eos: str | int | None = None,
+    bos: str | int | None = None,
+    named: Mapping[str, Any] | None = None,
+  ):
     self.raw, self.where = raw, where
     self.kind = "huggingface" if raw.lstrip()[:1] == b"{" else "sentencepiece"
     self.filename = FILES[self.kind]
@@ -65,7 +75,8 @@ class Tokenizer:
     if not self.vocab_size:
       raise InputError(f"{where} has an empty vocabulary. Use another tokenizer.")
     self.digest = hashlib.sha256(canonical).hexdigest()
-    self.eos_id, self.bos_id = self._special(eos, EOS), self._special(bos, BOS)
+    self.eos_id = self._special(eos, EOS, _named_token(named, "eos_token"))
+    self.bos_id = self._special(bos, BOS, _named_token(named, "bos_token"))
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.where}, {self.kind}, vocab_size={self.vocab_size})"
@@ -223,7 +234,13 @@ class Tokenizer:
   def _backend(self) -> Any:
     return (_huggingface if self.kind == "huggingface" else _sentencepiece)(self.raw, self.where)
 
-  def _special(self, given: str | int | None, names: Sequence[str]) -> int | None:
+  def _special(
+    self, given: str | int | None, names: Sequence[str], named: str | None
+  ) -> int | None:
+    if given is None:
+      given = next((name for name in names if name in self.special_tokens), named)
+    if given is None:
+      return None
     if isinstance(given, int):
       if not 0 <= given < self.vocab_size:
         raise InputError(
@@ -231,9 +248,6 @@ class Tokenizer:
           f"{self.vocab_size - 1}. Use another id."
         )
       return given
-    if given is None:
-      ids = [i for name in names if (i := self.token_id(name)) is not None]
-      return ids[0] if ids else None
     if (i := self.token_id(given)) is None:
       raise InputError(f"{self.where} has no token {given!r}. Name a token of its vocabulary.")
     return i
@@ -256,9 +270,9 @@ def load_tokenizer(
   Args:
     source: The path or URL of the file, or of a folder that contains tokenizer.json or
       tokenizer.model (in this order); or the text of a tokenizer.json.
-    eos: The token that ends a document, or its id. None: the token in tokenizer_config.json next to
-      the file, else the first of `EOS` in the vocabulary, else no token.
-    bos: The token that begins a text, or its id. None: chosen like `eos`, from `BOS`.
+    eos: The token that ends a document, or its id. None: see `Tokenizer`; tokenizer_config.json is
+      that next to the file.
+    bos: The token that begins a text, or its id. None: chosen like `eos`.
 
   Raises:
     InputError: If the file is missing or not a tokenizer, or a token is not in the vocabulary.
@@ -266,13 +280,11 @@ def load_tokenizer(
   if isinstance(source, str) and source.lstrip()[:1] == "{":
     return Tokenizer(source.encode(), "the JSON tokenizer", eos, bos)
   folder, name = locate(source)
-  named = _named_tokens(files.join(folder, "tokenizer_config.json"))
-  return Tokenizer(
-    files.read(files.join(folder, name)),
-    files.join(folder, name),
-    named.get("eos_token") if eos is None else eos,
-    named.get("bos_token") if bos is None else bos,
-  )
+  path, config = files.join(folder, name), files.join(folder, "tokenizer_config.json")
+  named = {}
+  if files.info(config) is not None:
+    named = json_io.parse_object(files.read(config), config, "Correct or remove it")
+  return Tokenizer(files.read(path), path, eos, bos, named)
 
 
 def locate(source: str | Path) -> tuple[str, str]:
@@ -335,11 +347,8 @@ def _sentencepiece(raw: bytes, where: str) -> sentencepiece.SentencePieceProcess
     ) from e
 
 
-def _named_tokens(config: str) -> dict[str, str]:
-  """Returns the eos_token and bos_token in a tokenizer_config.json."""
-  if files.info(config) is None:
-    return {}
-  fields = json_io.parse_object(files.read(config), config, "Correct or remove it")
-  tokens = {k: fields.get(k) for k in ("eos_token", "bos_token")}
-  # A token is a string, or an object with the string as its "content".
-  return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}
+def _named_token(config: Mapping[str, Any] | None, role: str) -> str | None:
+  """Returns a token of tokenizer_config.json: a string, or an object with it as its "content"."""
+  token = (config or {}).get(role)
+  name = token["content"] if isinstance(token, dict) else token
+  return None if not name or (role == "bos_token" and name == TURN_START) else name

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distill_jax.data import token_bytes
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
 
@@ -59,9 +61,13 @@ class Stops:
 
   def text(self, tokens: Sequence[int]) -> str:
     """Returns the text of tokens up to the first stop string."""
-    text = self.tokenizer.decode(tokens)
-    starts = [i for s in self.strings if (i := text.find(s)) >= 0]
-    return text[: min(starts)] if starts else text
+    text = self._bytes_of(tokens)
+    starts = [i for s in self.strings if (i := text.find(s.encode())) >= 0]
+    return text[: min(starts, default=len(text))].decode(errors="replace")
+
+  @functools.cached_property
+  def _bytes_of(self) -> Callable[[Sequence[int]], bytes]:
+    return token_bytes.joiner(self.tokenizer)
 
   def _stop_string(self, tokens: Sequence[int], old: int) -> int | None:
     """Returns the smallest number of tokens above `old` whose text has a stop string, or None."""
@@ -72,8 +78,8 @@ class Stops:
     first = max(0, old - reach - 8)
 
     def has_stop(n: int) -> bool:
-      text = self.tokenizer.decode(tokens[first:n])
-      return any(s in text for s in self.strings)
+      text = self._bytes_of(tokens[first:n])
+      return any(s.encode() in text for s in self.strings)
 
     if not has_stop(len(tokens)):
       return None

@@ -69,7 +69,8 @@ def write(target: str | os.PathLike[str], content: Content) -> None:
   Raises:
     InputError: The target exists, the disk is full, a value is too large for its dtype, or the
       checkpoint is damaged.
-    Unavailable: The store does not answer. The finished shards are kept.
+    Unavailable: The store of the target or of the checkpoint does not answer. The finished shards
+      are kept.
   """
   with _new_folder(str(target), content) as folder:
     # Processes with separate disks do not see the folder of process 0.
@@ -104,11 +105,10 @@ def _new_folder(target: str, content: Content) -> Iterator[str]:
   work = path.with_name(f".{path.name}.tmp")
   with contextlib.ExitStack() as lock:
 
-    def begin() -> None:
+    def claim() -> None:
       check_new(path)
       work.mkdir(parents=True, exist_ok=True)
       lock.enter_context(_locked(work, path))
-      _start(str(work), str(path), content)
       _check_room(path, work, sum(shard.nbytes for shard in content.shards))
 
     def rename() -> None:
@@ -116,10 +116,13 @@ def _new_folder(target: str, content: Content) -> Iterator[str]:
       work.rename(path)
       fsync_dir(path.parent)
 
+    distributed.run_on_process_0(claim)  # what it refuses may belong to another export
     try:
-      distributed.run_on_process_0(begin)
+      distributed.run_on_process_0(lambda: _start(str(work), str(path), content))
       yield str(work)
       distributed.run_on_process_0(rename)
+    except Unavailable:
+      raise
     except Exception:
       if distributed.is_process_0():
         shutil.rmtree(work, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_jax.errors import InputError
 from distill_jax.hub import gguf_pieces, gguf_pretokenizers
-from distill_jax.hub.gguf_tokenizer import NORMAL, UNUSED
+from distill_jax.hub.gguf_tokenizer import CONTROL, NORMAL, UNUSED
 from distill_jax.hub.gguf_words import (
   Words,
   added_tokens,
@@ -136,6 +136,7 @@ def _special(files: TokenizerFiles, config: JsonObject, words: Words) -> dict[st
   if len(words.begin) > 1:
     raise unsupported(f"begins a text with {len(words.begin)} tokens")
   ids = {text: i for i, (text, _) in words.tokens.items()}
+  special = {text for text, kind in words.tokens.values() if kind == CONTROL}
 
   def named(role: str) -> int | None:
     token = files.config.get(f"{role}_token")
@@ -145,7 +146,7 @@ def _special(files: TokenizerFiles, config: JsonObject, words: Words) -> dict[st
   bos = words.begin[0] if words.begin else named("bos")
   eos, given = named("eos"), config.get("eos_token_id")
   if eos is None and given is None:  # as data/tokenizers.py chooses the end of documents
-    eos = next((ids[name] for name in EOS if name in ids), None)
+    eos = next((ids[name] for name in EOS if name in special), None)
   ends = _ends(eos, given, words)
   pairs = [("bos", bos), *ends.items(), ("unknown", named("unk")), ("padding", named("pad"))]
   return {f"{role}_token_id": i for role, i in pairs if i is not None}

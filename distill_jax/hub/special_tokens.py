@@ -2,4 +2,5 @@
 
 # The end of a document precedes the end of a turn, since packing separates documents.
 EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>")
-BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|im_start|>")
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
+TURN_START = "<|im_start|>"  # which some tokenizer_config.json name as their BOS

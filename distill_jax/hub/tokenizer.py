@@ -72,14 +72,22 @@ class TokenizerFiles:
       raise InputError(f"tokenizer.json has no vocabulary ({e!r}). Download the file again.") from e
 
 
-def read_tokenizer(folder: str | os.PathLike[str]) -> TokenizerFiles | None:
-  """Returns the tokenizer in a Hugging Face folder, a path or URL; None if the folder lacks one."""
+def read_tokenizer(folder: str | os.PathLike[str], only: str = "") -> TokenizerFiles | None:
+  """Returns the tokenizer in a Hugging Face folder; None if the folder lacks one.
+
+  Args:
+    folder: A path or URL.
+    only: The name of the only tokenizer to read. "": tokenizer.json and tokenizer.model.
+  """
   there = files.listing(folder)
 
   def read_optional(name: str) -> JsonObject:
     return read_hf_json(files.join(folder, name)) if name in there else {}
 
   text, pieces = "tokenizer.json", "tokenizer.model"
+  if only:
+    is_json = files.read(files.join(folder, only)).lstrip()[:1] == b"{"
+    text, pieces = (only, "") if is_json else ("", only)
   if text not in there and pieces not in there:
     return None
   config = read_optional("tokenizer_config.json")

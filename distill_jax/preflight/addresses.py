@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
 
 ON_ANY_HOST = ("hub:", "package:", "http:", "https:")
+_ON_TEXTS = {"chain", "distill", "record", "shrink"}  # run the teacher on the corpus
+_TRAINING = {"on_policy", "train"}
 NOT_ON_PODS = {
   "filter": "Run it on one machine, or as an array of jobs with filter.slice",
   "pack": "Run it on one machine with many cores",
   "report": "Run it on one machine",
   "retarget": "Run it on one machine, or as an array of jobs with retarget.slice",
 }
+# The keys of paths, and the commands that read or write them; _addresses has the exceptions.
+KEYS = {
+  "teacher.source": _ON_TEXTS | {"evaluate", "generate", "on_policy", "train"},
+  "teachers": {"on_policy", "train"},
+  "student.source": {"distill", "evaluate", "on_policy", "retokenize", "train"},
+  "data.path": _ON_TEXTS | {"evaluate"},
+  "data.packed": {"evaluate", "record"},
+  "data.tokenizer": _ON_TEXTS | _TRAINING | {"evaluate", "export", "generate", "retokenize"},
+  "records.logprobs": {"record"},
+  "records.student_tokenizer": {"record"},
+  "retarget.tokenizer": _TRAINING,
+  "train.records": _TRAINING | {"shrink"},
+  "train.heldout": _TRAINING,
+  "train.teachers": _TRAINING,
+  "train.heldout_teachers": _TRAINING,
+  "generate.prompts": {"generate", "on_policy"},
+  "generate.records_dir": {"generate"},
+  "evaluate.models": {"evaluate"},
+  "evaluate.prompts": {"evaluate"},
+  "export.dir": {"chain", "export"},
+  "export.evaluation": {"export"},
+  "export.deployment": {"export"},
+  "shrink.dir": {"shrink"},
+  "retokenize.tokenizer": {"retokenize"},
+  "retokenize.dir": {"retokenize"},
+}
+TASK_VERBS = {"distill", "evaluate", "generate", "record", "train"}
 
 
 def check(words: list[str], config: Config, root: Path) -> None:
@@ -53,39 +83,40 @@ _ACTION = "If the hosts share a disk with this path, set --shared_disk"
 
 def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
   """Yields the keys and values of the paths that a command reads or writes."""
-  found: dict[str, str | tuple[str, ...]] = {}
-  if verb in ("record", "evaluate", "generate", "distill"):
-    found["teacher.source"] = config.teacher.source
-  if verb in ("train", "evaluate", "shrink", "retokenize"):
-    found["student.source"] = config.student.source
-  if verb in ("record", "evaluate") and not config.tasks:
-    found["data.path"] = "" if verb == "record" and config.data.packed else config.data.path
-    found["data.packed"] = config.data.packed
-  if verb in ("record", "train", "evaluate", "generate", "export"):
-    found["data.tokenizer"] = config.data.tokenizer
-  if verb == "record":
-    found["records.logprobs"] = config.records.logprobs
-    found["records.student_tokenizer"] = config.records.student_tokenizer
-  if verb == "train":
-    found["retarget.tokenizer"] = config.retarget.tokenizer
-    found["train.records"] = config.train.records
-    found["train.heldout"] = config.train.heldout
-    for key in ("teachers", "heldout_teachers"):
-      named = getattr(config.train, key).items()
-      found |= {f"train.{key}.{name}": paths for name, paths in named}
+  unused = set()
+  if verb == "train" and not config.train.online:
+    unused |= {"teacher.source", "teachers"}
+  if config.tasks or (verb == "record" and config.data.packed):
+    unused.add("data.path")
+  for key, verbs in KEYS.items():
+    if verb in verbs and key not in unused:
+      section, _, name = key.partition(".")
+      value = getattr(config, section)
+      yield from _flat(key, getattr(value, name) if name else value)
+  if verb in TASK_VERBS:
+    yield from _fields("tasks", config.tasks)
   if verb == "evaluate":
-    found |= {f"evaluate.models.{name}": path for name, path in config.evaluate.models.items()}
-  if verb == "generate":
-    found["generate.prompts"] = config.generate.prompts
-  if verb == "export":
-    found["export.dir"] = config.export.dir
-  if verb == "retokenize":
-    found["retokenize.tokenizer"] = config.retokenize.tokenizer
-    found["retokenize.dir"] = config.retokenize.dir
-  for key, value in found.items():
-    for address in (value,) if isinstance(value, str) else value:
-      if address:
-        yield key, address
+    yield from _fields("evals", config.evals)
+
+
+def _flat(key: str, value: str | Iterable[str] | Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields the texts in the value of a key that are not empty."""
+  if isinstance(value, str):
+    if value:
+      yield key, value
+  elif isinstance(value, Mapping):
+    for name, inner in value.items():
+      yield from _flat(f"{key}.{name}", inner)
+  else:
+    for inner in value:
+      yield from _flat(key, inner)
+
+
+def _fields(section: str, entries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields the paths in the entries of `tasks` or `evals`."""
+  for name, entry in entries.items():
+    for field in ("path", "tokenizer"):
+      yield from _flat(f"{section}.{name}.{field}", getattr(entry, field, ""))
 
 
 def _is_on_hosts(address: str, root: Path) -> bool:

@@ -140,6 +140,10 @@ class Synced:
 
     Args:
       everything: True to copy large growing files before they are due.
+
+    Raises:
+      InputError: The mirror was deleted.
+      Unavailable: The URL cannot be written.
     """
     for path, version in sorted(_files(self.folder), key=lambda found: (found[1][1], found[0])):
       name = self._name(path)
@@ -157,11 +161,20 @@ class Synced:
           continue  # deleted since the folder was listed
         self._published[name] = version
       self._due[name] = time.monotonic() + version[0] / PUBLISHED_BYTES
+    self._check_folder()
     for name, published in list(self._published.items()):
       with self._changing:
         if published is not None and not (self.folder / name).exists():
           files.remove(files.join(self.url, name))
           del self._published[name]
+
+  def _check_folder(self) -> None:
+    """Raises InputError if the mirror was deleted, e.g. with the cache: that deletes nothing."""
+    if not (self.folder / REMOTE).exists():
+      raise InputError(
+        f"{self.folder}, the local part of {self.url}, was deleted during the run. Files at the "
+        "URL are kept. Run the same command again to continue."
+      )
 
   def hand_over(self, path: Path, url: str) -> None:
     """Uploads a file, and removes it from the mirror without deleting it at the URL."""

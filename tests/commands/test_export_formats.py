@@ -1,5 +1,6 @@
 """The command export: what it refuses before it reads anything, and the numbers of training."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,6 +13,7 @@ from distill_jax.commands import export
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.models import loading
+from distill_jax.models.options import StudentOptions
 from distill_jax.nn import sharding
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training.loop import train
@@ -28,6 +30,13 @@ def test_wrong_keys_are_refused_before_anything_is_read(tmp_path):
   c = resolved(tmp_path, format="gguf", quant="int4")
   with pytest.raises(InputError, match="export.quant is 'int4'; expected one of F32"):
     export.run(c, tmp_path / "no run")
+
+
+@pytest.mark.parametrize("changed", [{"changes": {"rope_theta": 1e6}}, {"new": ("head",)}])
+def test_a_base_that_peft_would_load_without_the_changes_is_not_named(changed):
+  spec = StudentOptions(source="hub:Qwen/Qwen2.5-7B@main", train="lora")
+  assert export._base(spec) == ("Qwen/Qwen2.5-7B", "main")
+  assert export._base(dataclasses.replace(spec, **changed)) is None
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,15 @@ def folder(tmp_path):
   return tmp_path
 
 
-def test_a_students_documents_end_with_the_end_of_a_document(folder):
-  """Its folder is loaded as a student.source would be, and stop tokens have no bytes."""
-  assert load_tokenizer(folder).eos_id != load_tokenizer(folder, "<|endoftext|>").eos_id
-  side = sides.student_side("retarget.tokenizer", str(folder), None, is_chat=False)
-  ends = {side.vocabulary.tokenizer.token_id(token) for token in SPECIAL}
-  assert side.vocabulary.end == side.vocabulary.tokenizer.token_id("<|endoftext|>")
-  assert side.vocabulary.stops == ends | {300} and side.vocabulary.bytes_V[300] is None
-
-
-def test_a_teachers_texts_end_as_data_tokenizer_says(folder):
+def test_documents_end_with_the_end_of_a_document(folder):
+  """The student's folder is loaded like the teacher's, and stop tokens have no bytes."""
   own = load_tokenizer(folder)
-  side = sides.teacher_side(DataOptions(tokenizer=str(folder)), None, own, is_chat=False)
-  assert side.vocabulary.end == own.token_id("<|im_end|>")
+  end, turn_end = (own.token_id(token) for token in SPECIAL)
+  teacher = sides.teacher_side(DataOptions(tokenizer=str(folder)), None, own, is_chat=False)
+  student = sides.student_side("retarget.tokenizer", str(folder), None, is_chat=False)
+  assert teacher.vocabulary.end == student.vocabulary.end == end
+  assert student.vocabulary.stops == {end, turn_end, 300}
+  assert student.vocabulary.bytes_V[300] is None
 
 
 def test_a_student_without_a_tokenizer(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 
 import pytest
 import sentencepiece
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_sentencepiece import train_sentencepiece
 
+from distill_jax.data import corpus as corpus_module
+from distill_jax.data.options import DataOptions
 from distill_jax.data.sources import DocumentSource, documents
-from distill_jax.data.tokenizers import load_tokenizer
+from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 
 pytestmark = pytest.mark.smoke
@@ -88,6 +91,19 @@ def test_a_length_limit_in_the_file_does_not_cut_text(bpe):
   assert len(ours.encode("a")) == 1
 
 
+def test_only_the_named_file_is_exported_with_a_student(bpe, spm, tmp_path):
+  """Its name does not matter, and neither do other tokenizers in its folder."""
+  (tmp_path / "tokenizer.json").write_text("{}")
+  (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "t"}')
+  bpe.save(str(tmp_path / "own.json"))
+  shutil.copy(spm, tmp_path / "own")
+  for name in ("own.json", "own"):
+    found = corpus_module.files_of(DataOptions(tokenizer=str(tmp_path / name)), None)
+    data = found.sentencepiece if found.json is None else found.json.encode()
+    assert data == (tmp_path / name).read_bytes()
+    assert None in (found.json, found.sentencepiece) and found.chat_template == "t"
+
+
 def test_vocab_size_is_the_largest_id_plus_one(bpe):
   text = json.loads(bpe.to_str())
   text["model"]["vocab"]["far"] = 900  # ids may have holes
@@ -97,12 +113,11 @@ def test_vocab_size_is_the_largest_id_plus_one(bpe):
 def test_special_tokens(bpe, tmp_path):
   bpe.save(str(tmp_path / "tokenizer.json"))
   im_end, eos, s = (bpe.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>", "<s>"))
-  found = load_tokenizer(tmp_path)
-  assert (found.eos_id, found.bos_id) == (eos, s)
   (tmp_path / "tokenizer_config.json").write_text(
     json.dumps({"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": None})
   )
-  assert load_tokenizer(tmp_path).eos_id == im_end
+  found = load_tokenizer(tmp_path)  # documents do not end with the end of a turn
+  assert (found.eos_id, found.bos_id) == (eos, s)
   assert load_tokenizer(tmp_path, eos="<s>", bos=5).eos_id == s
   assert load_tokenizer(tmp_path, bos=5).bos_id == 5
   bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
@@ -117,6 +132,21 @@ def test_special_tokens(bpe, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text("{")
   with pytest.raises(InputError, match="tokenizer_config.json is not JSON"):
     load_tokenizer(tmp_path)
+
+
+def test_an_ordinary_token_with_the_name_of_a_special_one_has_no_role():
+  """Gemma 3 has <s> and </s> as HTML tags, R1-Distill-Qwen as ordinary text."""
+  tags = ["<s>", "</s>"]
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(tags)}))
+  backend.add_tokens(tags[:1])
+  backend.add_special_tokens(["<bos>", "<eos>", "<|im_start|>"])
+  raw = backend.to_str().encode()
+  found = Tokenizer(raw, "here", named={"eos_token": "</s>", "bos_token": "<s>"})
+  assert (found.piece(found.eos_id), found.piece(found.bos_id)) == ("<eos>", "<bos>")
+  without = raw.replace(b"<bos>", b"<b>").replace(b"<eos>", b"<e>")
+  assert Tokenizer(without, "here").eos_id is None
+  named = Tokenizer(without, "here", named={"eos_token": "<e>", "bos_token": "<|im_start|>"})
+  assert (named.piece(named.eos_id), named.bos_id) == ("<e>", None)  # it begins turns, not texts
 
 
 def test_sentencepiece_equals_sentencepiece(spm, corpus):

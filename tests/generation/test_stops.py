@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import small_tokenizers
 import tiny
 
 from distill_jax.data.tokenizers import load_tokenizer
@@ -38,6 +39,38 @@ def test_the_first_complete_stop_string_ends_a_text(bytes_, steps):
   assert grown(stops, ids, steps) == (n, "stop")
   assert stops.text(ids[:n]) == "Tür 1 ist zu – "
   assert grown(Stops(bytes_, ("nowhere",)), ids, steps) is None
+
+
+KINDS = {
+  "bytes": small_tokenizers.byte_level,
+  "fallback": lambda: small_tokenizers.metaspace(prefix=False),
+  "fallback, prefix": lambda: small_tokenizers.metaspace(prefix=True),
+  "sentencepiece": lambda: small_tokenizers.sentencepiece_model(prefix=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_is_what_the_model_wrote_with_every_tokenizer(kind):
+  """The space of its first token is kept, and characters next to one that is cut off."""
+  tokenizer = KINDS[kind]()
+  prompt, continuation = "Q:", " is 日本語"
+  whole = tokenizer.encode(prompt + continuation)
+  tokens = whole[len(tokenizer.encode(prompt)) :]
+  assert tokenizer.encode(prompt) + tokens == whole
+  assert Stops(tokenizer).text(tokens) == continuation
+  assert Stops(tokenizer).text(tokens[:-1]) == continuation[:-1] + "\ufffd"
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_string_ends_a_text_after_the_same_token_whatever_the_steps(kind, steps):
+  """Even if the part that is searched begins or ends within a character."""
+  tokenizer = KINDS[kind]()
+  tokens = tokenizer.encode("日本語の文章です" * 3 + "。終わり。")
+  stops = Stops(tokenizer, ("。終",))
+  n, reason = grown(stops, tokens, steps)
+  assert reason == "stop" and tokenizer.decode(tokens[:n]).endswith("。終")
+  assert stops.text(tokens).strip() == "日本語の文章です" * 3  # some encode a space first
 
 
 @pytest.mark.parametrize("steps", [1, 5, 100])

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import CONFIG
 
 from distill_jax import registry
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, Unavailable
 from distill_jax.hub import declared, export, export_folder, tensors
 from distill_jax.models import llama
 from distill_jax.nn import layers, params, quantise, sharding
@@ -252,11 +252,32 @@ def test_another_export_replaces_what_a_killed_one_left(model, run, killed):
 def test_two_exports_to_one_folder_are_refused(model, run, tmp_path):
   work = tmp_path / ".out.tmp"
   work.mkdir()
+  (work / "shard.done").touch()  # of the first
   with (
     export_folder._locked(work, tmp_path / "out"),
     pytest.raises(InputError, match="Another process is exporting to"),
   ):
     export_saved(model, run, tmp_path / "out")
+  assert [path.name for path in work.iterdir()] == ["shard.done"]
+
+
+def test_shards_are_kept_while_the_checkpoint_cannot_be_read(model, run, tmp_path, monkeypatch):
+  write_file, written = export_folder._write_file, []
+
+  def unavailable(path, *rest):
+    if len(written) == 2:
+      raise Unavailable("gs://bucket cannot be read.")
+    written.append(path)
+    write_file(path, *rest)
+
+  monkeypatch.setattr(export_folder, "_write_file", unavailable)
+  with pytest.raises(Unavailable):
+    export_saved(model, run, tmp_path / "out", shard_bytes=30_000)
+  monkeypatch.undo()
+  kept = {path: Path(path).stat().st_mtime_ns for path in written}
+  export_saved(model, run, tmp_path / "out", shard_bytes=30_000)
+  there = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+  assert len(kept) == 2 and all(there[Path(path).name] == time for path, time in kept.items())
 
 
 def test_a_url(model, run, tmp_path):

@@ -1,5 +1,8 @@
 """Files that a command needs on every host of a pod."""
 
+import dataclasses
+from contextlib import nullcontext
+
 import pytest
 
 from distill_jax import config
@@ -16,17 +19,55 @@ def empty():
   return c
 
 
-@pytest.mark.parametrize(
-  ("verb", "key"), [("record", "records.student_tokenizer"), ("train", "retarget.tokenizer")]
-)
-def test_the_students_tokenizer_is_on_every_host(verb, key, tmp_path):
+CHANGES = {  # what a config needs so that the command reads a path, by key
+  "train teacher.source": {"train.online": True},
+  "train teachers": {"train.online": True},
+}
+PAIRS = [(verb, key) for key, verbs in addresses.KEYS.items() for verb in sorted(verbs)]
+
+
+@pytest.mark.parametrize("verb, key", PAIRS)
+def test_a_path_of_this_machine_is_refused(verb, key, tmp_path):
+  changes = CHANGES.get(f"{verb} {key}", {})
+  for address, refused in (("gs://bucket/x", False), (str(tmp_path / "x"), True)):
+    found = set(addresses._addresses(verb, with_value(key, address, changes)))
+    assert [where for where, value in found if value == address] in ([key], [f"{key}.a"])
+    words = [verb, "--workdir=gs://bucket/run"]
+    with pytest.raises(InputError, match=f"{key}.*; expected a URL") if refused else nullcontext():
+      addresses.check(words, with_value(key, address, changes), tmp_path)
+
+
+def with_value(key, address, changes):
+  """Returns a config with the address as the value of a key, in the key's type."""
+  c = config.resolve(empty())
+  for name, value in [*changes.items(), (key, address)]:
+    section, _, field = name.partition(".")
+    before = getattr(getattr(c, section), field) if field else getattr(c, section)
+    if isinstance(before, tuple):
+      value = (value,)
+    elif isinstance(before, dict):
+      value = {"a": (value,) if key.startswith("train.") else value}
+    inner = dataclasses.replace(getattr(c, section), **{field: value}) if field else value
+    c = dataclasses.replace(c, **{section: inner})
+  return c
+
+
+@pytest.mark.parametrize("verb", sorted(addresses.TASK_VERBS))
+def test_the_examples_of_a_task_and_its_tokenizer_are_on_every_host(verb, tmp_path):
   c = empty()
-  section, _, name = key.partition(".")
-  c[section][name] = "hub:a/b"
-  addresses.check([verb], config.resolve(c), tmp_path)
-  c[section][name] = str(tmp_path / "tokenizer.json")
-  with pytest.raises(InputError, match=rf"{key} is .*; expected a URL such as gs://BUCKET/NAME"):
+  c.data.path = str(tmp_path / "not read with tasks")
+  path = str(tmp_path / "x.jsonl")
+  c.tasks.main = config.task("text_classes", path=path, classes=("a", "b"))
+  with pytest.raises(InputError, match=r"tasks\.main\.path is .*; expected a URL"):
     addresses.check([verb], config.resolve(c), tmp_path)
+
+
+def test_what_a_command_does_not_read_may_be_on_this_machine(tmp_path):
+  c = empty()
+  c.teacher.source = c.data.path = str(tmp_path / "x")
+  addresses.check(["train"], config.resolve(c), tmp_path)
+  c.teacher.source, c.data.packed = "hub:a/b", "gs://bucket/packed"
+  addresses.check(["record"], config.resolve(c), tmp_path)
 
 
 def test_retarget_needs_no_accelerator(tmp_path):

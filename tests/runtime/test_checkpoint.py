@@ -1,5 +1,6 @@
 """Tests of checkpoints: exact restoring on any mesh, and errors for damaged files."""
 
+import errno
 import random
 import shutil
 import signal
@@ -123,6 +124,26 @@ def test_a_flipped_byte_of_tensor_data_is_named(saved, tmp_path):
     file.write_bytes(raw)
   with checkpoint.manager(tmp_path / "run") as saves, pytest.raises(InputError, match="is damaged"):
     checkpoint.restore(saves, abstract(state()), ABOUT)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError("403: credentials have expired"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes."),
+    ValueError('UNAVAILABLE: Error reading "manifest.ocdbt"'),
+  ],
+)
+def test_an_error_that_an_intact_checkpoint_can_have_is_not_reported_as_damage(saved, error):
+  """Moving it away, as for a damaged one, would lose a run."""
+  with (
+    checkpoint.manager(saved) as saves,
+    pytest.raises(type(error)) as raised,
+    checkpoint.reading(saves, 2),
+  ):
+    raise error
+  assert raised.value is error
 
 
 def test_another_model_other_records_and_no_checkpoint_are_refused(saved, tmp_path):

@@ -103,6 +103,19 @@ def test_what_was_deleted_does_not_come_back(bucket):
   assert not bucket.exists("/bucket/run")
 
 
+def test_a_mirror_that_is_deleted_during_a_run_deletes_nothing_at_the_url(bucket):
+  """For example, the user empties the cache."""
+  url = "memory://bucket/run"
+  with (
+    pytest.raises(InputError, match="was deleted during the run.*Run the same command again"),
+    storage.Synced(url) as here,
+  ):
+    (here / "config.json").write_text("{}")
+    mirror.synced_of(here / "config.json").publish()
+    shutil.rmtree(here)
+  assert names(bucket, "bucket/run") == {"config.json"}
+
+
 def test_finished_files_are_published_during_the_work(bucket, monkeypatch):
   monkeypatch.setattr(mirror, "PUBLISH_EVERY", 0.01)
   with storage.Synced("memory://bucket/run") as here:
