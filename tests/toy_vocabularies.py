@@ -1,5 +1,7 @@
 """Toy vocabularies, and a dense projection by plain loops."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from distill_jax.cross_tokenizer.vocabulary import Vocabulary
@@ -11,6 +13,8 @@ class Toy(Vocabulary):
   Args:
     pieces: The bytes of each id; None for a control token. All bytes of a text must be among them.
   """
+
+  tokenizer = SimpleNamespace(begin=[])
 
   def __init__(self, *pieces):
     self.bytes_V = [*pieces]

@@ -124,13 +124,17 @@ def join(segments: Sequence[Segment | None]) -> Aligned:
 
 
 def align(
-  tables: PairTables, segments: Sequence[np.ndarray]
+  tables: PairTables, segments: Sequence[np.ndarray], begins: Sequence[bool] = ()
 ) -> tuple[Aligned, collections.Counter[str]]:
   """Aligns the student's tokens of the texts of some segments with the teacher's.
+
+  If the student's tokenizer begins a text with tokens, e.g. a BOS, and the teacher's does not, the
+  student's begin each document.
 
   Args:
     tables: The tables of both tokenizers.
     segments: The teacher's tokens of each segment, integers. Chats are aligned by tables.chats.
+    begins: True for each segment that begins a document. (): for none.
 
   Returns:
     The tokens on one axis, and the number of skipped segments by reason. A skipped segment has no
@@ -141,7 +145,22 @@ def align(
   )
   results = [one(np.asarray(s, np.int64)) for s in segments]
   skipped = collections.Counter(r for r in results if isinstance(r, str))
-  return join([r if isinstance(r, Segment) else None for r in results]), skipped
+  used = [r if isinstance(r, Segment) else None for r in results]
+  if any(begins) and not (tables.chats or tables.teacher.tokenizer.begin):
+    begin = np.array(tables.student.tokenizer.begin, np.int64)
+    pairs = zip(used, begins, strict=True)
+    used = [_begun(s, begin) if s is not None and is_start else s for s, is_start in pairs]
+  return join(used), skipped
+
+
+def _begun(segment: Segment, begin: np.ndarray) -> Segment:
+  """Returns a segment in which the student has the tokens `begin` first, without bytes."""
+  place = np.full(len(begin), segment.start_H[0] if len(segment.start_H) else 0)
+  return segment._replace(
+    id_H=np.append(begin, segment.id_H),
+    start_H=np.append(place, segment.start_H),
+    end_H=np.append(place, segment.end_H),
+  )
 
 
 def align_segment(

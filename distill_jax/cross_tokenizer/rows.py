@@ -103,7 +103,9 @@ def align_rows(tables: PairTables, rows: Sequence[Record], length: int) -> Align
   """
   places = [_segments(row["segments_T"]) for row in rows]
   tokens = [row["tokens_T"][a:b] for row, spans in zip(rows, places, strict=True) for a, b in spans]
-  aligned, skipped = align_lib.align(tables, tokens)
+  # The first segment of a row may be the rest of a document that the row before it begins.
+  begins = [i > 0 for spans in places for i in range(len(spans))]
+  aligned, skipped = align_lib.align(tables, tokens, begins)
   row_S = np.repeat(np.arange(len(rows)), [len(spans) for spans in places])
   first_S = np.array([a for spans in places for a, _ in spans], np.int64)
   segment_G = aligned.segment_G

@@ -39,7 +39,7 @@ class Tokenizer:
       The same name can be an ordinary token: </s> is an HTML tag in Gemma's vocabulary.
     bos: The token that begins a text, or its id. None: the first of BOS that is a special token.
     named: The content of tokenizer_config.json, whose eos_token and bos_token are used if the
-      vocabulary has no such special token. A token that begins each turn of a chat is no BOS.
+      vocabulary has no such special token. A token that begins each turn of a chat is not a BOS.
 
   Attributes:
     kind: "huggingface" or "sentencepiece".

@@ -1,9 +1,10 @@
 """Bits per byte of held-out texts, which compares models with different tokenizers.
 
 A model's loss per token depends on its tokenizer. The probability of the bytes of a text does not:
-all models are scored on the same bytes, given the same bytes before them. So texts are cut only
-where the tokens of all tokenizers end. The first token of a text has nothing before it and is not
-scored, as in training, and neither are the bytes up to the first place where all tokens end.
+all models are scored on the same bytes. So texts are cut only where the tokens of all tokenizers
+end. A text begins with the tokens that its tokenizer puts first, e.g. a BOS, as in training. The
+bytes up to the first place where all tokens end are not scored, because many models have no token
+before them.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def share(
   for text in documents:
     if shared.texts == limit:
       break
-    located = [v.locate(text) for v in vocabularies.values()]
+    located = [_locate(v, text) for v in vocabularies.values()]
     known = [x for x in located if x is not None]
     parts = cut(known, seq_len) if len(known) == len(located) else None
     if parts is None:
@@ -133,6 +134,16 @@ def share(
     first = known[0][1][parts[0][0][1]] if parts[0] else len(text.encode())
     shared.bytes += len(text.encode()) - int(first)
   return shared
+
+
+def _locate(vocabulary: Vocabulary, text: str) -> Located | None:
+  """Returns `Vocabulary.locate` with the tokens that begin a text, which have no bytes."""
+  found = vocabulary.locate(text)
+  if found is None:
+    return None
+  ids, places = found
+  begin = np.array(vocabulary.tokenizer.begin, ids.dtype)
+  return np.append(begin, ids), np.append(np.full(len(begin), places[0]), places)
 
 
 def cut(located: Sequence[Located], seq_len: int) -> list[list[tuple[int, int, int]]] | None:

@@ -4,10 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+import small_tokenizers
 from toy_vocabularies import Toy
 
 from distill_jax.cross_tokenizer.align import CONTROL, CUT
 from distill_jax.cross_tokenizer.project import project
+from distill_jax.cross_tokenizer.roles import match_roles
 from distill_jax.cross_tokenizer.rows import align_rows
 from distill_jax.cross_tokenizer.statistics import Statistics
 from distill_jax.cross_tokenizer.tables import PairTables
@@ -129,6 +131,29 @@ def test_segments_have_their_own_numbers_and_first_tokens():
   first = [0, counts[0]]
   assert not set(first) & set((aligned.position_X + 1).tolist())
   assert counts[0] - 1 in aligned.position_X + 1
+
+
+@pytest.mark.parametrize("has_bos", [False, True])
+def test_documents_begin_as_the_students_tokenizer_begins_them(has_bos):
+  """The first segment of a row may be the rest of a document: it has a BOS if the teacher's has."""
+  teacher = (
+    small_tokenizers.sentencepiece_model(False) if has_bos else small_tokenizers.byte_level()
+  )
+  student = small_tokenizers.sentencepiece_model(True)
+  ours, theirs = Vocabulary(teacher), Vocabulary(student)
+  document = [*teacher.begin, *teacher.encode("the theme"), teacher.eos_id]
+  segments_T = np.repeat([1, 2, 0], [len(document), len(document), 3]).astype(np.int32)
+  same = np.append(segments_T[1:] == segments_T[:-1], False) & (segments_T > 0)
+  tokens_T = np.array([*document, *document, 0, 0, 0], np.int32)
+  row = {"tokens_T": tokens_T, "segments_T": segments_T, "mask_T": same}
+  tables = PairTables(ours, theirs, match_roles(ours, theirs, {}))
+  aligned = align_rows(tables, [row], 64)
+  text = [*student.encode("the theme"), student.eos_id]
+  expected = [*(student.begin if has_bos else []), *text, *student.begin, *text]
+  (record,) = aligned.records
+  assert record["tokens_T"][: len(expected)].tolist() == expected
+  # All tokens of a text are taught but its first: the dummy space of it has no place in the bytes.
+  assert record["mask_T"].sum() == len(aligned.token_X) == 2 * (len(text) - 1)
 
 
 def test_control_tokens_without_a_role_are_skipped_and_counted():

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import slow
+import small_tokenizers
 import tiny
 import tiny_checkpoints
 from hypothesis import given, settings
@@ -139,12 +140,15 @@ def test_uniform_models_need_the_bits_of_their_tokens(compared, folder, tmp_path
 
 
 def test_tokens_are_those_of_the_whole_text(folder):
-  """A text is not tokenized again where it is cut."""
-  vocabularies = {m: Vocabulary(load_tokenizer(folder / m)) for m in ("teacher", "student")}
+  """A text is not tokenized again where it is cut, and begins as in training."""
+  tokenizers = {m: load_tokenizer(folder / m) for m in ("teacher", "student")}
+  tokenizers["prefix"] = small_tokenizers.sentencepiece_model(prefix=True)  # a dummy space
+  assert [len(t.begin) for t in tokenizers.values()] == [0, 1, 1]
+  vocabularies = {m: Vocabulary(t) for m, t in tokenizers.items()}
   text = "12 times 15 is 180, as anyone can see. 漢字" * 9
   shared = bits_per_byte.share([text], vocabularies, LENGTH, 1)
   for name, pairs in shared.pairs.items():
-    ids = vocabularies[name].tokenizer.encode(text)
+    ids = [*tokenizers[name].begin, *tokenizers[name].encode(text)]
     assert [*pairs[0].given, *(i for pair in pairs for i in pair.scored)] == ids
     assert all(len(pair.given) + len(pair.scored) - 1 <= LENGTH for pair in pairs)
 
