@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras, files, orbax_s3, retries, storage
+from distill_jax.runtime import extras, orbax_s3, retries, storage
 from distill_jax.types import JsonObject, PyTree
 
 with extras.needed("train"):
@@ -35,14 +35,6 @@ with extras.needed("train"):
 PARAMS = "params."  # prefix of the paths of the trained parameters
 STATE, ABOUT = "state", "about"
 CHUNK_BYTES = 8 * 2**20
-# Statuses in the texts of tensorstore's and XLA's errors that do not mean damage.
-NO_DAMAGE = (
-  "DEADLINE_EXCEEDED",
-  "PERMISSION_DENIED",
-  "RESOURCE_EXHAUSTED",
-  "UNAUTHENTICATED",
-  "UNAVAILABLE",
-)
 
 
 def manager(
@@ -337,24 +329,10 @@ def reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
     yield
   except Exception as e:  # orbax raises many classes on flipped bytes, Exception included
     cause = e.__cause__ or e
-    if not _is_damage(cause, files.is_remote(str(saves.directory))):
+    if retries.has_other_cause(cause, str(saves.directory)):
       raise
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
     raise damage_error(saves, step, why.removesuffix(".")) from e
-
-
-def _is_damage(e: BaseException, remote: bool) -> bool:
-  """Returns False for an error of reading that an intact checkpoint can have.
-
-  Args:
-    e: The error.
-    remote: True for a checkpoint at a URL.
-  """
-  if any(status in str(e) for status in NO_DAMAGE) or retries.is_refused(e):
-    return False
-  if isinstance(e, OSError) and e.errno in retries.LOCAL_FAULTS:
-    return False
-  return not (remote and retries.may_pass(e)) and not isinstance(e, MemoryError)
 
 
 def damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:

@@ -34,6 +34,14 @@ NETWORK_PACKAGES = {
 }
 LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE)
 REFUSED = ("forbidden", "unauthorized", "access denied", "accessdenied", "permission denied")
+# Statuses in the texts of tensorstore's and XLA's errors that do not mean damage.
+OTHER_CAUSES = (
+  "DEADLINE_EXCEEDED",
+  "PERMISSION_DENIED",
+  "RESOURCE_EXHAUSTED",
+  "UNAUTHENTICATED",
+  "UNAVAILABLE",
+)
 NOT_PASSING = (
   FileExistsError,
   FileNotFoundError,
@@ -113,6 +121,20 @@ def may_pass(e: BaseException) -> bool:
     return status in (408, 425, 429)
   package = type(e).__module__.partition(".")[0]
   return isinstance(e, (OSError, EOFError)) or package in NETWORK_PACKAGES
+
+
+def has_other_cause(e: BaseException, path: str) -> bool:
+  """Returns True for an error of reading that an undamaged file can have.
+
+  Args:
+    e: The error.
+    path: The path or URL of the file.
+  """
+  if any(status in str(e) for status in OTHER_CAUSES) or is_refused(e):
+    return True
+  if isinstance(e, OSError) and e.errno in LOCAL_FAULTS:
+    return True
+  return isinstance(e, MemoryError) or ("://" in path and may_pass(e))
 
 
 def reason(e: BaseException) -> str:
