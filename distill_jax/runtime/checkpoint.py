@@ -320,16 +320,12 @@ def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
 
 @contextmanager
 def reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
-  """Turns any error that orbax raises on a damaged checkpoint into an InputError.
-
-  Errors of memory, the disk, the network and permissions are passed on: moving an intact checkpoint
-  away would lose a run.
-  """
+  """Turns errors that orbax raises on a damaged checkpoint, and no others, into an InputError."""
   try:
     yield
   except Exception as e:  # orbax raises many classes on flipped bytes, Exception included
     cause = e.__cause__ or e
-    if retries.has_other_cause(cause, str(saves.directory)):
+    if retries.has_other_cause(cause, str(saves.directory)):  # moving it away would lose a run
       raise
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
     raise damage_error(saves, step, why.removesuffix(".")) from e
