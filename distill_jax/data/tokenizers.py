@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
-from distill_jax.hub.special_tokens import BOS, EOS, TURN_START
+from distill_jax.hub.special_tokens import BOS, EOS, named_token
 from distill_jax.runtime import extras, files, json_io
 
 if TYPE_CHECKING:  # the workers of `pack` must not import jax
@@ -75,8 +75,8 @@ class Tokenizer:
     if not self.vocab_size:
       raise InputError(f"{where} has an empty vocabulary. Use another tokenizer.")
     self.digest = hashlib.sha256(canonical).hexdigest()
-    self.eos_id = self._special(eos, EOS, _named_token(named, "eos_token"))
-    self.bos_id = self._special(bos, BOS, _named_token(named, "bos_token"))
+    self.eos_id = self._special(eos, EOS, named_token(named or {}, "eos_token"))
+    self.bos_id = self._special(bos, BOS, named_token(named or {}, "bos_token"))
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.where}, {self.kind}, vocab_size={self.vocab_size})"
@@ -281,9 +281,8 @@ def load_tokenizer(
     return Tokenizer(source.encode(), "the JSON tokenizer", eos, bos)
   folder, name = locate(source)
   path, config = files.join(folder, name), files.join(folder, "tokenizer_config.json")
-  named = {}
-  if files.info(config) is not None:
-    named = json_io.parse_object(files.read(config), config, "Correct or remove it")
+  data = files.read(config) if files.info(config) is not None else b"{}"
+  named = json_io.parse_object(data, config, "Correct or remove it")
   return Tokenizer(files.read(path), path, eos, bos, named)
 
 
@@ -345,10 +344,3 @@ def _sentencepiece(raw: bytes, where: str) -> sentencepiece.SentencePieceProcess
       f"{where} is neither a Hugging Face tokenizer.json nor an intact sentencepiece model. Use "
       "one of the two."
     ) from e
-
-
-def _named_token(config: Mapping[str, Any] | None, role: str) -> str | None:
-  """Returns a token of tokenizer_config.json: a string, or an object with it as its "content"."""
-  token = (config or {}).get(role)
-  name = token["content"] if isinstance(token, dict) else token
-  return None if not name or (role == "bos_token" and name == TURN_START) else name
