@@ -124,8 +124,7 @@ class RoundsFeed:
     self._spell_token = token_bytes.reader(self._tokenizer)
     # The fingerprint of the student that samples or has sampled the texts of a round, by round.
     self._students = {int(number): digest for number, digest in saved.get(SAMPLED, {}).items()}
-    self._folders.open()
-    self._folders.protect(self._schedule.already_sampled(start))
+    self._folders.open(start, self._schedule.already_sampled)
     if self._records:
       before = plan.records_before(start, self._options.records_fraction)
       self._of_records = stores.device_batches(self.config, self._records, self._mesh, before)

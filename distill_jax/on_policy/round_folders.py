@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from distill_jax.records.shard_writer import writing
@@ -28,11 +28,21 @@ class RoundFolders:
     self._needed: collections.deque[Collection[int]] = collections.deque(maxlen=saves + 1)
     self._there: set[int] = set()
 
-  def open(self) -> None:
-    """Looks up the rounds that an earlier process has left."""
+  def open(self, start: int, needed_at: Callable[[int], Collection[int]]) -> None:
+    """Looks up what an earlier process has left: rounds, and checkpoints that need some of them.
+
+    Args:
+      start: The step at which this process begins.
+      needed_at: Returns the rounds that a checkpoint before a step needs.
+    """
     if self._keep and distributed.is_process_0():
       names = files.folders(files.join(storage.location(self._folder), FOLDER))
       self._there = {int(name) for name in names if name.isdecimal()}
+      saved = files.folders(storage.checkpoints(self._folder))
+      for step in sorted(int(name) for name in saved if name.isdecimal()):
+        if step < start:
+          self.protect(needed_at(step))
+    self.protect(needed_at(start))
 
   def protect(self, rounds: Collection[int]) -> None:
     """Keeps the rounds that a new checkpoint needs until later ones replace it."""

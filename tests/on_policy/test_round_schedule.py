@@ -32,7 +32,7 @@ def test_old_rounds_are_deleted_except_those_that_checkpoints_need(tmp_path):
   folders = RoundFolders(tmp_path, keep=2, saves=1)
   rounds = tmp_path / "rounds"
   (rounds / "00000").mkdir(parents=True)  # of an earlier process
-  folders.open()
+  folders.open(0, lambda step: [])
   for number in range(1, 6):
     (rounds / f"{number:05d}").mkdir()
     if number in (2, 4):
@@ -44,10 +44,22 @@ def test_old_rounds_are_deleted_except_those_that_checkpoints_need(tmp_path):
     assert there == {1: [0, 1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [4, 5]}[number]
 
 
+def test_a_resumed_run_keeps_the_rounds_that_every_checkpoint_needs(tmp_path):
+  """If the newest checkpoint is damaged, the run goes on from the one before it."""
+  schedule = RoundSchedule(every=4, lag=0, rounds=9)
+  for name in ("checkpoints/6", "checkpoints/12", "rounds/00001", "rounds/00002", "rounds/00003"):
+    (tmp_path / name).mkdir(parents=True)
+  folders = RoundFolders(tmp_path, keep=1, saves=2)
+  folders.open(12, schedule.already_sampled)
+  folders.delete_before(3)
+  assert schedule.already_sampled(6) == [1] and schedule.already_sampled(12) == []
+  assert sorted(path.name for path in (tmp_path / "rounds").iterdir()) == ["00001", "00003"]
+
+
 def test_zero_keeps_all_rounds(tmp_path):
   (tmp_path / "rounds/00000").mkdir(parents=True)
   folders = RoundFolders(tmp_path, keep=0, saves=1)
-  folders.open()
+  folders.open(0, lambda step: [])
   folders.delete_before(9)
   assert list((tmp_path / "rounds").iterdir())
 
