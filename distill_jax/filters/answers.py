@@ -15,6 +15,7 @@ MINUS = re.compile(r"[\u2212\ufe63\uff0d]|(?<![\w)}])\u2013(?=[.$]?\d)")  # en d
 WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")  # but no TeX command
 UNITS = re.compile(r"(?<=[\d%])(?:\s+[a-z]+)+\.?$")
 PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
+MAX_LENGTH = 4000  # of a number to convert; Python's limit is 4,300 digits
 
 
 def boxed(text: str) -> str | None:
@@ -85,7 +86,7 @@ def canonical(answer: str) -> str:
   r"""Returns one spelling for equivalent spellings of an answer.
 
   For example, "0.5", "1/2" and "\frac{1}{2}" all become "1/2". Unlike the filter `math`, this does
-  not evaluate expressions.
+  not evaluate expressions. Numbers of MAX_LENGTH characters and more keep their spelling.
   """
   s = TEXT.sub(r"\1", GROUPS.sub("", MINUS.sub("-", answer.strip())))
   s = re.sub(r"\\(?:left|right|!|,|;|\s)|\^\s*\{?\\circ\}?|°|\\?[$%]|\s", "", s)
@@ -93,7 +94,7 @@ def canonical(answer: str) -> str:
   if match := PLAIN_FRACTION.fullmatch(s):
     sign, a, b, c, d = match.groups()
     s = f"{sign}{a or b}/{c or d}".replace("--", "")
-  if re.fullmatch(rf"-?(?:{DIGITS})(?:/\d+)?", s):
+  if len(s) < MAX_LENGTH and re.fullmatch(rf"-?(?:{DIGITS})(?:/\d+)?", s):
     numerator, _, denominator = s.replace(",", "").partition("/")
     if not denominator or int(denominator):
       return str(Fraction(numerator) / int(denominator or 1))

@@ -132,6 +132,9 @@ def test_the_final_answer_of_a_text(text, answer):
     ("10%", r"10\%"),
     ("−5", "-5"),
     ("–.5", "-0.5"),
+    ("1." + "3" * 3000, "1." + "3" * 3000 + "0"),
+    ("0." + "3" * 5000, " 0." + "3" * 5000),
+    ("3" * 5000, "$" + "3" * 5000),
   ],
 )
 def test_equal_answers_have_one_canonical_form(a, b):
