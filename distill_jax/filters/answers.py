@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\?[{}]")
 FRACTION = r"\\[dt]?frac\s*(?:\{-?\d+\}|\d)\s*(?:\{\d+\}|\d)"
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(rf"(?<![\w.\\])-?\$?(?:{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?")
@@ -19,15 +19,17 @@ MAX_LENGTH = 4000  # of a number to convert; Python's limit is 4,300 digits
 
 
 def boxed(text: str) -> str | None:
-  r"""Returns the content of the last complete \boxed{…} or \fbox{…}, or None."""
-  content = None
-  for match in BOX.finditer(text):
-    depth = 1
-    for at in range(match.end(), len(text)):
-      depth += {"{": 1, "}": -1}.get(text[at], 0) * (text[at - 1] != "\\")
-      if not depth:
-        content = text[match.end() : at].strip()
-        break
+  r"""Returns the content of the last complete \boxed{…} or \fbox{…} that is not empty, or None."""
+  found, content = -1, None
+  starts: list[int] = []  # of the contents of open boxes; -1 for other open braces
+  for brace in BRACE.finditer(text):
+    if brace[0] == "}":
+      start = starts.pop() if starts else -1
+      inside = text[start : brace.start()].strip() if start > found else ""
+      if inside:
+        found, content = start, inside
+    elif brace[0] not in (r"\{", r"\}"):
+      starts.append(brace.end() if brace[0] != "{" else -1)
   return content
 
 
@@ -44,7 +46,7 @@ def final(text: str, box_only: bool = False) -> str | None:
   text = MINUS.sub("-", text)
   answer = boxed(text)
   if answer is not None or box_only:
-    return answer or None
+    return answer
   if (answer := hash_line(text)) is not None:
     return answer
   numbers = NUMBER.findall(text)
