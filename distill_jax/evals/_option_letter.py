@@ -15,10 +15,17 @@ CHOOSE = (
   "{question}\n\nPlease reason step by step, and give the letter of the right option within "
   "\\boxed{}."
 )
-LETTER = r"[(\[]?\\?(?:text|mathrm|mathbf|textbf)?\{?\(?\s*([A-Z])\s*[)\]}.:]*"
+CAPITAL = r"((?!I(?:['’]|\s+(?!because|since|as\b|and\b)[a-z]))[A-Z])"  # but not the word "I"
+OPTION = r"(?:(?<!answer )(?i:option|choice)\s+\(?)?"
+LETTER = rf"[(\[]?\\?(?:text|mathrm|mathbf|textbf)?\{{?\(?\s*{OPTION}{CAPITAL}\s*[)\]}}.:]*"
 BOXED = re.compile(rf"{LETTER}(?:\W.*)?", re.DOTALL)
-STATED = re.compile(rf"(?i:\banswer(?:\s+is)?)\W{{0,6}}?\s*{LETTER}(?![A-Za-z])")
+STATED = re.compile(
+  r"(?i:\banswer(?:\s+is)?|\b(?:correct|right|best)\s+(?:option|choice)(?:\s+is|:))"
+  rf"\W{{0,6}}?\s*{LETTER}(?![A-Za-z])"
+)
 ALONE = re.compile(rf"{LETTER}\s*")
+MARK = re.compile(r"(?<!\w)\(?([A-Z])[.)](?:\s+|$)")
+OPTION_LINE = re.compile(rf"{MARK.pattern}(?![a-z])\S")  # not "C. elegans" and not "A) is wrong"
 
 
 def with_options(question: str, texts: Sequence[str]) -> str:
@@ -36,18 +43,23 @@ def with_options(question: str, texts: Sequence[str]) -> str:
 def final_letter(text: str) -> str:
   r"""Returns the letter that a text gives as its answer, or "".
 
-  This is the letter in the last \boxed{…}, else after the last "answer:" or "answer is", else the
-  whole text if it is a single letter. Reasoning is ignored.
+  This is the letter in the last \boxed{…}, else after the last "answer:", "answer is" or "correct
+  option is", else the whole text if it is a single letter or one line with a single option, e.g.
+  "B) 42". Reasoning and emphasis with asterisks are ignored.
   """
-  text = answer_part(text).strip()
+  text = answer_part(text).replace("*", "").strip()
+  is_line = "\n" not in text
+  text = " ".join(text.split())
   box = answers.boxed(text)
   if box is not None:
-    match = BOXED.fullmatch(box)
+    match = BOXED.fullmatch(box) or STATED.search(box)
     return match[1] if match else ""
-  if last := STATED.findall(text.replace("*", "")):
+  if last := STATED.findall(text):
     return last[-1]
-  match = ALONE.fullmatch(text)
-  return match[1] if match else ""
+  if match := ALONE.fullmatch(text):
+    return match[1]
+  marked = set(MARK.findall(text)) if is_line and OPTION_LINE.match(text) else ()
+  return min(marked) if len(marked) == 1 else ""
 
 
 @dataclasses.dataclass(frozen=True)
