@@ -26,7 +26,7 @@ from typing import Any
 
 from distill_jax.errors import InputError, bad_value
 from distill_jax.filters._base import SampleFilter
-from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, text_field
+from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, prompt_field, text_field
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCED = re.compile(
@@ -99,7 +99,7 @@ class Filter(SampleFilter):
       ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
       return Unjudgeable(f"the test cannot be parsed: {e}")
-    prompt = sample["prompt"] if self.prompt == "prompt" else text_field(sample, self.prompt)
+    prompt = prompt_field(sample, self.prompt)
     prelude = prompt if isinstance(prompt, str) and _parses(prompt) else ""
     return self.run(program(prompt, sample["text"], entry), test, entry, prelude)
 

@@ -47,7 +47,7 @@ def generate(
   A line of the samples has these fields:
     id, sample: The indices of the prompt and of the sample.
     prompt: The prompt, as text or messages.
-    about: The other fields of the prompt's line.
+    about: The other fields of the prompt's line, and its prompt if there is a template.
     text: The text, without the stop string or token that ended it.
     token_count: The number of tokens, including the one that ended the text.
     reason: Why the text ended: "stop", "eos", "length" or "repetition".

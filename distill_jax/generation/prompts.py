@@ -31,7 +31,8 @@ class Prompt(NamedTuple):
     number: The index of the prompt, which counts the lines that are not blank, from 0. The files of
       a folder are counted together, in the order of their names.
     content: Text or chat messages, with generate.template applied.
-    about: The other fields of the prompt's line.
+    about: The other fields of the prompt's line; with generate.template, also `prompt`, the prompt
+      without the template, unless there is such a field.
     ids: The tokens; () if the job is read without a tokenizer.
     rejected: The reason why the prompt cannot be used; "" if it can.
   """
@@ -131,6 +132,8 @@ class Prompts:
     text = json_io.decode_utf8(line.raw.rstrip(b"\r\n"))
     value, about = _parse(text, job.field) if str(line.file).endswith(".jsonl") else (text, {})
     content = _apply_template(job, value)
+    if job.template:  # the filter `code` needs the beginning of the program
+      about = {"prompt": value} | about
     if self._tokenizer is None:
       return Prompt(n, content, about)
     ids = _check_length(self._encoder(self._tokenizer, content), job.decoding.cache_len)
