@@ -61,7 +61,8 @@ def _join_choices(choices: list[JsonObject]) -> JsonObject:
   is_chat = False
   for part in choices:
     for name, value in part.items():
-      if value is None:
+      if value is None:  # that a field is there counts: a stop_reason of null is an end token
+        choice.setdefault(name)
         continue
       if name == "delta":
         is_chat = True

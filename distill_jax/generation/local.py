@@ -124,6 +124,9 @@ def check_settings(
   ):
     if value < 1:
       raise bad_value(key, value, "a positive integer", "Increase it")
+  if job.samples > 1 and job.sampling.temperature == 0:
+    expected = f"1 with {job.key('temperature')}=0, where all texts of a prompt are equal"
+    raise bad_value(job.key("samples"), job.samples, expected, "Set it to 1")
   placement.check(c)
   if c.cache_dtype not in kv_cache.DTYPES:
     raise bad_value(

@@ -116,7 +116,7 @@ class Prompts:
     return (prompt for prompt, _ in self._read(first))
 
   def _read(self, first: int) -> Iterator[tuple[Prompt, jsonl.Line]]:
-    for n, line in enumerate(jsonl.read_lines(*self.files)):
+    for n, line in enumerate(jsonl.read_lines(*self.files, skip_bom=True)):
       if n >= first:
         yield self.parse(n, line), line
 

@@ -1,5 +1,7 @@
 """Requests and responses of servers with OpenAI's API, and the records made from them."""
 
+import json
+
 import bad_server
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from distill_jax import config
 from distill_jax.commands.record import run as record
 from distill_jax.data.tokenizers import load_tokenizer
 from distill_jax.errors import InputError
-from distill_jax.generation import openai_api
+from distill_jax.generation import event_stream, openai_api
 from distill_jax.generation.http_client import RequestRefused
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.served_model import ServedModel
@@ -71,6 +73,12 @@ def test_parsing_of_responses():
     ("stop", ("x",), {"matched_stop": "x"}),
   ):
     assert read(stop, text="a", finish_reason="stop", **fields)["reason"] == reason
+    first = {"text": "a", "finish_reason": None} | dict.fromkeys(fields)
+    parts = [first, {"text": "", "finish_reason": "stop"} | fields]
+    stream = b"".join(b"data: %s\n\n" % json.dumps({"choices": [x]}).encode() for x in parts)
+    assert openai_api.parse(event_stream.parse(stream), stop)[0] == read(
+      stop, text="a", finish_reason="stop", **fields
+    )
   with pytest.raises(RequestRefused, match="tool_calls"):
     read(message={"content": None}, finish_reason="tool_calls")
   bad = {"content": [{"token": "a", "logprob": float("nan"), "top_logprobs": []}]}
