@@ -199,7 +199,7 @@ def test_programs_as_models_write_them():
     prompt=[{"role": "user", "content": "Square."}],
   )
   assert kinds("code", [chat], **LIMITS) == [None]
-  about = {"prompt": begin, "test": TEST, "entry_point": "f"}  # as `generate` writes with a template
+  about = {"prompt": begin, "test": TEST, "entry_point": "f"}  # as if with a template
   sample = a_sample(f"```\n{good}\n```", prompt=f"Complete this:\n{begin}", about=about)
   assert kinds("code", [sample], **LIMITS) == [None]
   for broken in ({"test": "def ("}, {"entry_point": "f("}, {"entry_point": None}):
