@@ -8,13 +8,18 @@ from fractions import Fraction
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\?[{}]")
 FRACTION = r"\\[dt]?frac\s*(?:\{-?\d+\}|\d)\s*(?:\{\d+\}|\d)"
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-NUMBER = re.compile(rf"(?<![\w.\\])-?\$?(?:{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?")
+WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+MIXED = rf"{WHOLE}(?:[ ]?{FRACTION}|[ ]\d+/\d+)"
+NUMBER = re.compile(
+  rf"(?<![\w.\\])(?:-[€£¥]?)?\$?(?:{MIXED}|{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?"
+)
 GROUPS = re.compile(r"(?<=\d)(?:\\[,!;:\s]|\{,\}|~)(?=\d{3}(?!\d))")  # 1\,000, 1{,}000
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 MINUS = re.compile(r"[\u2212\ufe63\uff0d]|(?<![\w)}])\u2013(?=[.$]?\d)")  # en dash: also in 3–5
 WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")  # but no TeX command
 UNITS = re.compile(r"(?<=[\d%])(?:\s+[a-z]+)+\.?$")
-PLAIN_FRACTION = re.compile(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
+PLAIN_FRACTION = re.compile(rf"(-?)({WHOLE})?\\frac(?:\{{(-?\d+)\}}|(\d))(?:\{{(\d+)\}}|(\d))")
+SPACED = re.compile(rf"(?<![\w.,/])({WHOLE})\s+(\d+)/(\d+)\b")  # 3 1/2
 MAX_LENGTH = 4000  # of a number to convert; Python's limit is 4,300 digits
 
 
@@ -84,19 +89,27 @@ def unwrapped(answer: str) -> str:
   return match[1].strip() if match else answer
 
 
+def mixed(answer: str) -> str:
+  r"""Returns an answer with mixed numbers as in TeX, e.g. "3\frac{1}{2}" for "3 1/2"."""
+  return SPACED.sub(r"\1\\frac{\2}{\3}", answer)
+
+
 def canonical(answer: str) -> str:
   r"""Returns one spelling for equivalent spellings of an answer.
 
   For example, "0.5", "1/2" and "\frac{1}{2}" all become "1/2". Unlike the filter `math`, this does
   not evaluate expressions. Numbers of MAX_LENGTH characters and more keep their spelling.
   """
-  s = TEXT.sub(r"\1", GROUPS.sub("", MINUS.sub("-", answer.strip())))
-  s = re.sub(r"\\(?:left|right|!|,|;|\s)|\^\s*\{?\\circ\}?|°|\\?[$%]|\s", "", s)
+  s = mixed(TEXT.sub(r"\1", GROUPS.sub("", MINUS.sub("-", answer.strip()))))
+  s = re.sub(r"\\(?:left|right|!|,|;|\s)|\^\s*\{?\\circ\}?|°|\\?[$%]|[€£¥\s]", "", s)
   s = s.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".")
+  if len(s) >= MAX_LENGTH:
+    return s.casefold()
   if match := PLAIN_FRACTION.fullmatch(s):
-    sign, a, b, c, d = match.groups()
-    s = f"{sign}{a or b}/{c or d}".replace("--", "")
-  if len(s) < MAX_LENGTH and re.fullmatch(rf"-?(?:{DIGITS})(?:/\d+)?", s):
+    sign, whole, a, b, c, d = match.groups()
+    above = int(a or b) + int((whole or "0").replace(",", "")) * int(c or d)
+    s = f"{sign}{above}/{c or d}".replace("--", "")
+  if re.fullmatch(rf"-?(?:{DIGITS})(?:/\d+)?", s):
     numerator, _, denominator = s.replace(",", "").partition("/")
     if not denominator or int(denominator):
       return str(Fraction(numerator) / int(denominator or 1))

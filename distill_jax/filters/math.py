@@ -20,7 +20,10 @@ from distill_jax.runtime import extras
 # Answers in words, which are compared as text: sympy would parse a product of letters.
 WORDS = re.compile(r"(?:no|[^\W\d_]{3,})(?:[\s'-]+[^\W\d_]+)*\.?", re.IGNORECASE)
 INTEGER = re.compile(r"-?[0-9]{1,15}")
-UNIT = re.compile(rf"(\$?-?(?:{answers.DIGITS})(?:/\d+)?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?")
+UNIT = re.compile(
+  rf"(\$?-?(?:{answers.DIGITS})(?:/\d+|\\frac\{{\d+\}}\{{\d+\}})?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?"
+)
+CURRENCY = re.compile("[€£¥]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Filter(SampleFilter):
       same = plain(answer) == plain(key)
       return None if same else f"wrong: {answer!r:.80}, but the key is {key!r}"
     # The key is compared even without an answer, so that an invalid key is always reported.
-    verdict = _compare(_without_unit(key), _without_unit(answer or ""), self.seconds)
+    verdict = _compare(_readable(key), _readable(answer or ""), self.seconds)
     if verdict == "key":
       return Unjudgeable(f"the key cannot be parsed: {whole_key!r:.80}")
     if answer is None:
@@ -76,8 +79,9 @@ def _compare(key: str, answer: str, seconds: float) -> str:
   return _math_pool.equal(key, answer, seconds)
 
 
-def _without_unit(answer: str) -> str:
-  """Returns an answer without a unit in words, which sympy would parse as a product of letters."""
-  answer = answers.GROUPS.sub("", answer.strip()).rstrip(".")
+def _readable(answer: str) -> str:
+  """Returns an answer for sympy, which would parse a unit in words as a product of letters."""
+  answer = CURRENCY.sub("", answers.GROUPS.sub("", answer.strip())).rstrip(".")
+  answer = answers.mixed(answer)
   match = UNIT.fullmatch(answer)
   return match[1] if match else answer

@@ -38,6 +38,10 @@ EQUAL = [
   (r"5\text{ cm}^2", "5"),
   (r"Thus \boxed{\frac{3}{4}}.", "0.75"),
   ("–5", "-5"),
+  ("3.5", "3 1/2"),
+  ("3 1/2 cups", r"\frac{7}{2}"),
+  ("18", "€18"),
+  ("-18", "-£18"),
 ]
 OTHER = [
   ("72", "73"),
@@ -52,6 +56,8 @@ OTHER = [
   (r"\text{(C)}", "(D)"),
   ("2", "-2"),
   (r"\sqrt{2}", "1.41"),
+  ("1.5", "3 1/2"),
+  ("31/2", "3 1/2"),
 ]
 
 
@@ -106,6 +112,10 @@ def test_math_survives_answers_that_crash_or_hang_sympy():
     ("It rhymes.\n#### Paris", "Paris"),
     ("It is 7.\n####", "7"),
     ("####", None),
+    ("So x is 3 1/2.", "3 1/2"),
+    ("So x is $-1,003\\frac{1}{2}$.", "-1,003\\frac{1}{2}"),
+    ("On line 3\n1/2 of them.", "1/2"),
+    ("It lost -€1/2, or -€18", "-€18"),
     (r"It is \boxed{5}, as asked within \boxed{}.", "5"),
     (r"Within \boxed{ }, as asked: 5", "5"),
     (r"} \boxed{1} \boxed{\boxed{2}3} \boxed{4 {5}", "2"),
@@ -135,6 +145,10 @@ def test_the_final_answer_of_a_text(text, answer):
     ("10%", r"10\%"),
     ("−5", "-5"),
     ("–.5", "-0.5"),
+    ("3 1/2", "3.5"),
+    (r"-1,003\dfrac{1}{2}", "$-1003 1/2"),
+    ("£3 1/2", "7/2"),
+    ("€18", "18"),
     ("1." + "3" * 3000, "1." + "3" * 3000 + "0"),
     ("0." + "3" * 5000, " 0." + "3" * 5000),
     ("3" * 5000, "$" + "3" * 5000),
@@ -143,6 +157,10 @@ def test_the_final_answer_of_a_text(text, answer):
 def test_equal_answers_have_one_canonical_form(a, b):
   assert answers.canonical(a) == answers.canonical(b)
   assert answers.canonical(a) != answers.canonical("7")
+
+
+def test_a_list_is_no_mixed_number():
+  assert answers.canonical(r"5, \frac{1}{2}") != answers.canonical("5.5")
 
 
 def test_boxes_may_nest_and_the_last_complete_one_counts():
