@@ -16,7 +16,7 @@ from distill_jax.evals import _option_letter, _scores
 from distill_jax.evals._base import GenerativeBenchmark
 from distill_jax.evals.model_slot import ModelSlot
 from distill_jax.evals.questions import Questions
-from distill_jax.filters import SampleFilter, answers, code, exact, judge_in_parallel
+from distill_jax.filters import SampleFilter, answers, code, exact, judge_in_parallel, math
 from distill_jax.filters.samples import Sample, Unjudgeable, answer_part
 from distill_jax.generation import dispatch, local, outputs
 from distill_jax.generation.job import GenerationJob
@@ -266,7 +266,10 @@ class Tally:
 
 
 def _spelling(judge: SampleFilter) -> Callable[[Sample], str] | None:
-  """Returns a function for the spelling of answers that a judge considers equal (see `Tally`)."""
+  """Returns a function for the spelling of answers that a judge considers equal (see `Tally`).
+
+  Answers whose equality only sympy can tell, e.g. "2^3" and "8", are different answers.
+  """
   if isinstance(judge, code.Filter):
     return None
   if isinstance(judge, _option_letter.Judge):
@@ -289,4 +292,4 @@ def _last_line(sample: Sample) -> str:
 
 
 def _final_answer(sample: Sample) -> str:
-  return answers.canonical(answers.final(answer_part(sample["text"])) or "")
+  return math.spelling(answers.final(answer_part(sample["text"])) or "")

@@ -23,6 +23,8 @@ INTEGER = re.compile(r"-?[0-9]{1,15}")
 UNIT = re.compile(
   rf"(\$?-?(?:{answers.DIGITS})(?:/\d+|\\frac\{{\d+\}}\{{\d+\}})?)\s+[^\W\d_]+(?:\s+[^\W\d_]+)*\.?"
 )
+TEX_UNIT = re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$")
+ASSIGNED = re.compile(r"^\$?[A-Za-z]\s*=")
 CURRENCY = re.compile("[€£¥]")
 
 
@@ -70,6 +72,15 @@ class Filter(SampleFilter):
       return None
     kind = "wrong" if verdict == "other" else verdict
     return f"{kind}: {answer!r:.80}, but the key is {key!r:.80}"
+
+
+def spelling(answer: str) -> str:
+  r"""Returns one spelling for answers that this filter considers equal, where sympy is not needed.
+
+  For example, "x=5", "5" and "5\text{ cm}" all become "5".
+  """
+  answer = ASSIGNED.sub("", TEX_UNIT.sub("", answers.unwrapped(answer.strip())))
+  return answers.canonical(_readable(answer))
 
 
 def _compare(key: str, answer: str, seconds: float) -> str:

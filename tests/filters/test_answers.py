@@ -4,7 +4,7 @@ import pytest
 from tiny_samples import a_sample, judge, kinds
 
 from distill_jax.errors import InputError
-from distill_jax.filters import answers
+from distill_jax.filters import answers, math
 from distill_jax.filters.samples import Unjudgeable
 
 EQUAL = [
@@ -157,6 +157,15 @@ def test_the_final_answer_of_a_text(text, answer):
 def test_equal_answers_have_one_canonical_form(a, b):
   assert answers.canonical(a) == answers.canonical(b)
   assert answers.canonical(a) != answers.canonical("7")
+
+
+@pytest.mark.parametrize(
+  "answer",
+  ["x = 5", "5 cm", r"5\text{ cm}^2", r"\text{5}", "€5.00", r"t=\frac{10}{2}\text{ s}", "5."],
+)
+def test_votes_count_what_math_considers_equal_as_one_answer(answer):
+  assert math.spelling(answer) == math.spelling("5") == "5"
+  assert len({math.spelling(x) for x in ("5", "x+5", "5x", "2x=5", "-5", "25", "")}) == 7
 
 
 def test_a_list_is_no_mixed_number():
