@@ -1,4 +1,4 @@
-"""Hashes of runs of words, as numpy arrays.
+"""Words of texts, and hashes of runs of words as numpy arrays.
 
 Axes: S, the words of a text.
 """
@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication by it loses no bit
+
+# Chinese and Japanese, which have no spaces between words: each character is a word.
+CJK = (
+  r"\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+  r"\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"(?=\w)[{CJK}]|[^\W{CJK}]+")
 
 
 def word_hashes(words: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -22,12 +21,11 @@ import numpy as np
 from distill_jax.data import jsonl
 from distill_jax.errors import InputError, bad_value
 from distill_jax.filters._base import SampleFilter
-from distill_jax.filters._ngrams import run_hashes, word_hashes
+from distill_jax.filters._ngrams import WORD, run_hashes, word_hashes
 from distill_jax.filters.samples import Sample, prompt_text
 from distill_jax.runtime import files, json_io
 
 MIN_WORDS = 8
-WORD = re.compile(r"\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Filter(SampleFilter):
   fields: tuple[str, ...] = ()
   """Fields of the examples to compare with. (): all their text."""
   ngram: int = 13
-  """Length of a run, in words; at least 8."""
+  """Length of a run, in words; at least 8. Each character of Chinese and Japanese is a word."""
   prompt: bool = True
   """True to search the samples' prompts and texts; False to search only the texts."""
 

@@ -19,20 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from distill_jax.errors import bad_value
 from distill_jax.filters._base import ComparingFilter
-from distill_jax.filters._ngrams import FACTOR, run_hashes, word_hashes
+from distill_jax.filters._ngrams import FACTOR, WORD, run_hashes, word_hashes
 from distill_jax.filters.samples import Sample, prompt_text
 
 BANDS, ROWS = 16, 8
 PERMUTATIONS = BANDS * ROWS
 OF = ("text", "prompt", "both")
-WORD = re.compile(r"\w+")
 PIECE = 2**16  # number of texts whose bands are hashed at a time
 
 
@@ -43,7 +41,7 @@ class Filter(ComparingFilter):
   threshold: float = 0.8
   """Minimum similarity of near-duplicates, in [0.5, 1]. Below 0.7, many are missed."""
   ngram: int = 5
-  """Length of the n-grams to compare, in words."""
+  """Length of the n-grams to compare, in words. Characters of Chinese and Japanese are words."""
   of: str = "text"
   """Part of the samples to compare: "text", "prompt" or "both". Samples of one prompt are compared
   with each other too, except for "prompt"."""

@@ -1,6 +1,7 @@
 """Filters that compare a sample with others: votes, pass rates, duplicates, decontamination."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny_samples import a_sample, by_prompt, group, judge, kind, kinds
 
 from distill_jax import registry
 from distill_jax.errors import InputError
-from distill_jax.filters import near_duplicates
+from distill_jax.filters import _ngrams, near_duplicates
 from distill_jax.filters.samples import Unjudgeable
 from distill_jax.runtime import files
 
@@ -79,6 +80,20 @@ def test_near_duplicates():
     for i, s, p in ((0, 0, texts[0]), (0, 1, texts[0]), (1, 0, texts[1]))
   ]
   assert kinds("near_duplicates", other, of="prompt") == [None, None, near]
+
+
+def test_each_character_of_chinese_and_japanese_is_a_word(tmp_path):
+  mixed = "GPT4は「東京・ﾀﾜｰ」へ，2次方程式 x²を 풀어 보세요 naïve"
+  words = "gpt4 は 東 京 ﾀ ﾜ ｰ へ 2 次 方 程 式 x² を 풀어 보세요 naïve"
+  assert " ".join(_ngrams.WORD.findall(mixed.casefold())) == words
+  others = "Größe, ёлка_1 — 안녕하세요, สวัสดี ١٢٣ don't"
+  assert _ngrams.WORD.findall(others) == re.findall(r"\w+", others)
+  question = "小明有三个苹果，妈妈又给了他五个苹果，他现在一共有几个苹果？"
+  path = write_lines(tmp_path / "cmath.jsonl", [{"question": question}])
+  samples = [a_sample(f"题目：{question}答案是八。"), a_sample("小红有两个梨。", id=1)]
+  assert kinds("decontaminate", samples, against=(str(path),)) == ["in cmath", None]
+  texts = [f"{question}答案是八。", f"{question}答案是九。", samples[1]["text"]]
+  assert kinds("near_duplicates", group(0, texts)) == [None, "near-duplicate", None]
 
 
 def test_decontaminate(tmp_path, capsys):
