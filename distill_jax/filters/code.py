@@ -30,7 +30,8 @@ from distill_jax.filters.samples import Sample, Unjudgeable, answer_part, prompt
 
 JAIL, RUNNER = (Path(__file__).with_name(name) for name in ("_jail.py", "_runner.py"))
 FENCED = re.compile(
-  r"^([ \t]*)(`{3,}|~{3,})([^`\n]*)\n(.*?)(?:^(?!\1[ \t])[ \t]*\2[`~]*[ \t]*$|(?:\2)?\Z)",
+  r"^([ \t]*)(?:[^\s`][^`\n]*(?=```(?i:py)))?(`{3,}|~{3,})([^`\n]*)\n"  # "Code: ```python"
+  r"(.*?)(?:^(?!\1[ \t])[ \t]*\2[`~]*[ \t]*$|(?:\2)?\Z)",
   re.MULTILINE | re.DOTALL,
 )
 PYTHON = re.compile(r"[ \t{.]*(?:py(?:thon)?[\d.]*\b.*)?", re.IGNORECASE)  # info string of a block
@@ -248,8 +249,9 @@ def program(prompt: Any, text: str, entry: str) -> str:
 def python_blocks(text: str) -> list[str]:
   """Returns the contents of a text's fenced blocks that are Python or name no language.
 
-  Fences are lines of at least three backticks or tildes. The indentation of the opening fence is
-  removed from its block, e.g. in a list; fences that are indented further belong to the block.
+  Fences are lines of at least three backticks or tildes; "```python" may also end another line. The
+  indentation of the opening fence is removed from its block, e.g. in a list; fences that are
+  indented further belong to the block.
   """
   found = []
   for indent, _, info, block in FENCED.findall(text.replace("\r\n", "\n").rstrip()):

@@ -221,6 +221,7 @@ FENCES = 'def f(x):\n  """\n  ```\n  f(2)\n  ```\n  """\n  return x * x\n'
     (f"```Python\n{SQUARE}```\nDone.".replace("\n", "\r\n"), SQUARE),
     ("1. Code:\n   ```python\n   def f(x):\n     return x * x\n   ```\n2. Run it.", SQUARE),
     (f"~~~\n{SQUARE}~~~\n", SQUARE),
+    (f"Here it is: ```python\n{SQUARE}```\nDone.", SQUARE),
     (f"```python\n{FENCES}```\nIt squares.", FENCES),
     (f"```python\n{SQUARE.rstrip()}```", SQUARE.rstrip()),
     (f"Use `f`: ```x```\n```\n{SQUARE}", SQUARE.rstrip()),
