@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from distill_jax.config import Config
 from distill_jax.data.options import DataOptions
+from distill_jax.errors import bad_value
 from distill_jax.generation.options import DecodingOptions, ServerOptions
 from distill_jax.generation.sampling import Sampling
 from distill_jax.models.loading import ModelSource, open_source
@@ -91,5 +92,18 @@ class GenerationJob:
     return self.open_model() if self.open_model else open_source(self.model, self.seed)
 
   def key(self, name: str) -> str:
-    """Returns the config key of prompts, samples, max_new_tokens or on_bad, for messages."""
+    """Returns the config key of a field that is also in other sections, for messages."""
     return f"{self.section}.{name}"
+
+  def check(self) -> None:
+    """Checks what applies to local and to served models.
+
+    Raises:
+      InputError: A number is not positive, or several samples of a prompt would be equal.
+    """
+    for name in ("samples", "max_new_tokens"):
+      if (value := getattr(self, name)) < 1:
+        raise bad_value(self.key(name), value, "a positive integer", "Increase it")
+    if self.samples > 1 and self.sampling.temperature == 0:
+      expected = f"1 with {self.key('temperature')}=0, where all texts of a prompt are equal"
+      raise bad_value(self.key("samples"), self.samples, expected, "Set it to 1")

@@ -114,9 +114,8 @@ def check_settings(
 ) -> Stops:
   """Checks a job, except for its prompts, and returns its end conditions. No weights are read."""
   c, shape = job.decoding, job.source.text_config
+  job.check()
   for key, value in (
-    (job.key("samples"), job.samples),
-    (job.key("max_new_tokens"), job.max_new_tokens),
     ("generate.batch_size", c.batch_size),
     ("generate.prefill_rows", c.prefill_rows),
     ("generate.prefill_chunk", c.prefill_chunk),
@@ -124,9 +123,6 @@ def check_settings(
   ):
     if value < 1:
       raise bad_value(key, value, "a positive integer", "Increase it")
-  if job.samples > 1 and job.sampling.temperature == 0:
-    expected = f"1 with {job.key('temperature')}=0, where all texts of a prompt are equal"
-    raise bad_value(job.key("samples"), job.samples, expected, "Set it to 1")
   placement.check(c)
   if c.cache_dtype not in kv_cache.DTYPES:
     raise bad_value(

@@ -71,9 +71,7 @@ def generate(job: GenerationJob, folder: Path) -> JsonObject:
 
 def _check(job: GenerationJob) -> None:
   """Checks the settings of a job for a server."""
-  for name in ("samples", "max_new_tokens"):
-    if (value := getattr(job, name)) < 1:
-      raise bad_value(job.key(name), value, "at least 1", "Increase it")
+  job.check()
   server_checks.check(job.server)
   if job.repetition:
     raise bad_value(

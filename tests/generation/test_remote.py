@@ -65,6 +65,10 @@ def test_a_server_that_refuses_all_requests_stops_the_run(tmp_path):
     ({"in_flight": 0}, "in_flight is 0"),
     ({"silence_s": 0.0}, "silence_s is 0.0"),
     ({"in_flight": 10**9}, "in_flight is 1000000000; expected at most"),
+    (
+      {"samples": 2, "temperature": 0.0},
+      "generate.samples is 2; expected 1 with generate.temperature=0, where all texts of a prompt",
+    ),
     ({"repetition": 40}, "repetition is 40; expected 0 for a model on a server"),
     ({"records_dir": "r"}, "records_dir is 'r'; expected '' for a teacher on a server"),
     ({"temperature": -1.0}, "temperature is -1"),
