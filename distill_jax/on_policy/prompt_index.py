@@ -7,6 +7,7 @@ places in the workdir, so that a run that is resumed reads them again only if th
 from __future__ import annotations
 
 import array
+import functools
 import hashlib
 import io
 import json
@@ -41,14 +42,23 @@ class PromptIndex:
     teachers: The names of the teachers.
     places_N: uint64, the number of its teacher and the offset of each prompt, over all files.
     digest: The sha256, in hex, of the prompts that can be used.
+    unsaved: Writes the file of places, on process 0. None: it is there.
 
   Attributes:
     counts: The number of prompts of each teacher.
     digest: See Args.
   """
 
-  def __init__(self, prompts: Prompts, teachers: Sequence[str], places_N: np.ndarray, digest: str):
+  def __init__(
+    self,
+    prompts: Prompts,
+    teachers: Sequence[str],
+    places_N: np.ndarray,
+    digest: str,
+    unsaved: Callable[[], None] | None = None,
+  ):
     self._prompts, self._places, self.digest = prompts, places_N, digest
+    self._unsaved = unsaved
     self._found = _versions(prompts)
     self._ends = np.cumsum([size for _, size, _ in self._found])  # of the files, in bytes
     in_block = [
@@ -58,6 +68,15 @@ class PromptIndex:
     through = np.cumsum(in_block, axis=0)  # [blocks, teachers]
     self._through = {name: through[:, i] for i, name in enumerate(teachers)}
     self.counts = {name: int(ends[-1]) for name, ends in self._through.items()}
+
+  def save(self) -> None:
+    """Keeps the places in the workdir, once the config has been accepted. All processes call it.
+
+    Raises:
+      InputError: The file cannot be written.
+    """
+    unsaved, self._unsaved = self._unsaved, None
+    distributed.run_on_process_0(unsaved or (lambda: None))
 
   def number(self, teacher: str, i: int) -> int:
     """Returns the number, in the files, of the prompt with index `i` among those of a teacher."""
@@ -119,15 +138,15 @@ def open_index(
   Raises:
     InputError: Prompts cannot be used, or are not those of the run in the workdir.
   """
-  made: list[tuple[np.ndarray, str]] = []
+  made: list[tuple[np.ndarray, str, Callable[[], None] | None]] = []
   distributed.run_on_process_0(
     lambda: made.append(_known(prompts, teachers, file, settings, unusable))
   )
-  places, digest = made[0] if made else (np.zeros(0, np.uint64), "")
+  places, digest, unsaved = made[0] if made else (np.zeros(0, np.uint64), "", None)
   count = int(distributed.broadcast_from_process_0(np.array(len(places))))
   whole = places.view(np.int32) if made else np.zeros(2 * count, np.int32)  # jax rounds int64
   places = distributed.broadcast_from_process_0(whole).view(np.uint64)
-  return PromptIndex(prompts, teachers, places, distributed.text_of_process_0(digest))
+  return PromptIndex(prompts, teachers, places, distributed.text_of_process_0(digest), unsaved)
 
 
 def counts(prompts: Prompts, teachers: Collection[str]) -> Counter[str]:
@@ -156,20 +175,19 @@ def _known(
   file: str,
   settings: JsonObject,
   unusable: Unusable | None,
-) -> tuple[np.ndarray, str]:
-  """Returns the places and the digest, from the file or, if prompts have changed, from prompts."""
+) -> tuple[np.ndarray, str, Callable[[], None] | None]:
+  """Returns the places and the digest, and what writes them into the file if they are not there."""
   about = {"settings": settings, "files": _versions(prompts)}
   before = _load(file)
   if before is not None and before[0] == json.loads(json.dumps(about)):
-    return before[1:]
+    return *before[1:], None
   places, digest = _scan(prompts, teachers, unusable)
   if before is not None and before[2] != digest:
     raise InputError(
       f"The prompts in {', '.join(prompts.files)} are not those with which the run began. Restore "
       "them, or choose another --workdir."
     )
-  _save(file, about, places, digest)
-  return places, digest
+  return places, digest, functools.partial(_save, file, about, places, digest)
 
 
 def _scan(

@@ -160,6 +160,7 @@ class Rollouts:
       InputError: Too many texts were cut off or are repetitions, or a text cannot be judged.
       Preempted: SIGTERM was received. Finished shards are kept.
     """
+    self.plan.prompts.save()
     rows, folder = self.plan.of_round(number).rows, folder_of(self._folder, number)
     if not rows:  # all steps of the round train on train.records
       return {}

@@ -79,6 +79,8 @@ def test_an_unknown_route_is_refused(tmp_path, route):
 def test_places_are_kept_until_the_prompts_change(tmp_path, monkeypatch):
   lines = {"a.jsonl": numbered(5)}
   first = index_of(tmp_path, lines)
+  assert not (tmp_path / "prompts.npz").exists()  # the config may still be refused
+  first.save()
   monkeypatch.setattr(prompt_index, "_scan", lambda *_: pytest.fail("read again"))
   job = GenerationJob(model=ModelOptions(), prompts=str(tmp_path))
   where = str(tmp_path / "prompts.npz")
@@ -98,8 +100,9 @@ def test_places_are_kept_until_the_prompts_change(tmp_path, monkeypatch):
 
 def test_places_that_cannot_be_written_are_refused(tmp_path):
   (tmp_path / "prompts.npz").mkdir()
+  index = index_of(tmp_path, {"a.jsonl": numbered(3)})
   with pytest.raises(InputError, match=r"prompts\.npz cannot be written"):
-    index_of(tmp_path, {"a.jsonl": numbered(3)})
+    index.save()
 
 
 def test_a_round_has_each_prompt_of_an_epoch_once(tmp_path):
