@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from distill_jax.data.tokenizers import SPACE, Tokenizer
-from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # worker processes must not import jax
+  from distill_jax.types import JsonObject
 
 # Decoders of a tokenizer.json that join the bytes of tokens, except at the beginning of a text.
 JOINING = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"}

@@ -176,7 +176,7 @@ def _known(
   settings: JsonObject,
   unusable: Unusable | None,
 ) -> tuple[np.ndarray, str, Callable[[], None] | None]:
-  """Returns the places and the digest, and what writes them into the file if they are not there."""
+  """Returns the places and the digest, and what writes them unless the file has them."""
   about = {"settings": settings, "files": _versions(prompts)}
   before = _load(file)
   if before is not None and before[0] == json.loads(json.dumps(about)):
