@@ -140,7 +140,7 @@ def test_what_the_teachers_row_does_not_hold_has_no_target():
 
 def test_a_prompt_that_the_teacher_cannot_read_is_skipped():
   tables = tiny_pair.tables()
-  tables.roles.clear()
+  tables = PairTables(tables.teacher, tables.student, {})
   aligned, theirs = texts_of(tables).align(row([0, tables.student.end, 1, 0, 1], prompt=4))
   # The end of a text always has a role, the student's other control tokens here none.
   assert aligned.skipped == {} and len(aligned.token_X)
