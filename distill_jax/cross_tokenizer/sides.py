@@ -24,7 +24,7 @@ from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.locate import locate
 from distill_jax.hub.pretrained import Pretrained
-from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
+from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import read_hf_json
 from distill_jax.runtime import files
 from distill_jax.types import JsonObject
@@ -98,9 +98,10 @@ def student_side(key: str, named: str, pretrained: Pretrained | None, is_chat: b
   if (tokenizer := student_tokenizer(named, pretrained)) is None:
     expected = "the student's tokenizer, because student.source has none"
     raise bad_value(key, named, expected, "Name its file or folder")
+  found: TokenizerFiles | None
   if named:
-    folder = tokenizers.locate(locate(named))[0]
-    found, generation = read_tokenizer(folder), _generation(folder)
+    path = locate(named)
+    found, generation = corpus.files_at(path), _generation(tokenizers.locate(path)[0])
   else:
     assert pretrained is not None
     found, generation = pretrained.tokenizer, pretrained.generation

@@ -70,9 +70,19 @@ def files_of(data: DataOptions, pretrained: Pretrained | None) -> TokenizerFiles
   """Returns the files of the tokenizer set in data.tokenizer, or of the model's, or None."""
   if not data.tokenizer:
     return pretrained.tokenizer if pretrained else None
-  folder, name = tokenizers.locate(data.tokenizer)
-  is_file = data.tokenizer.rpartition("/")[2] == name  # which may have any name
-  return read_tokenizer(folder, name if is_file else "")
+  return files_at(data.tokenizer)
+
+
+def files_at(path: str) -> TokenizerFiles:
+  """Returns the files of the tokenizer at the path or URL of a folder, or of a file of any name.
+
+  Raises:
+    InputError: It does not exist.
+  """
+  folder, name = tokenizers.locate(path)
+  found = read_tokenizer(folder, name if path.rpartition("/")[2] == name else "")
+  assert found is not None  # `locate` has found its file
+  return found
 
 
 def block_tokenizer(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_jax.errors import InputError
-from distill_jax.hub.special_tokens import BOS, EOS, named_token
+from distill_jax.hub.special_tokens import BOS, EOS, TURN_START, named_token
 from distill_jax.runtime import extras, files, json_io
 
 if TYPE_CHECKING:  # the workers of `pack` must not import jax
@@ -75,8 +75,9 @@ class Tokenizer:
     if not self.vocab_size:
       raise InputError(f"{where} has an empty vocabulary. Use another tokenizer.")
     self.digest = hashlib.sha256(canonical).hexdigest()
-    self.eos_id = self._special(eos, EOS, named_token(named or {}, "eos_token"))
-    self.bos_id = self._special(bos, BOS, named_token(named or {}, "bos_token"))
+    end, begin = (named_token(named or {}, role) for role in ("eos_token", "bos_token"))
+    self.eos_id = self._special(eos, EOS, end)
+    self.bos_id = self._special(bos, BOS, None if begin == TURN_START else begin)
 
   def __repr__(self) -> str:
     return f"Tokenizer({self.where}, {self.kind}, vocab_size={self.vocab_size})"

@@ -23,7 +23,7 @@ from distill_jax.hub.gguf_words import (
   normalizers,
   unsupported,
 )
-from distill_jax.hub.special_tokens import EOS
+from distill_jax.hub.special_tokens import EOS, named_token
 from distill_jax.hub.tokenizer import TokenizerFiles, check_vocabulary
 from distill_jax.hub.weights import parse_hf_json
 from distill_jax.types import JsonObject
@@ -139,8 +139,7 @@ def _special(files: TokenizerFiles, config: JsonObject, words: Words) -> dict[st
   special = {text for text, kind in words.tokens.values() if kind == CONTROL}
 
   def named(role: str) -> int | None:
-    token = files.config.get(f"{role}_token")
-    text = token["content"] if isinstance(token, dict) else token
+    text = named_token(files.config, f"{role}_token")
     return ids[text] if text in ids else words.special.get(role)
 
   bos = words.begin[0] if words.begin else named("bos")

@@ -10,10 +10,9 @@ TURN_START = "<|im_start|>"  # which some tokenizer_config.json name as their BO
 
 
 def named_token(config: Mapping[str, Any], role: str) -> str | None:
-  """Returns the "eos_token" or "bos_token" of a tokenizer_config.json; None without one.
+  """Returns the "eos_token", "bos_token" etc. of a tokenizer_config.json; None without one.
 
   A token is a string, or an object with the string as its "content".
   """
   token = config.get(role)
-  name = token["content"] if isinstance(token, dict) else token
-  return None if not name or (role == "bos_token" and name == TURN_START) else name
+  return (token["content"] if isinstance(token, dict) else token) or None

@@ -8,10 +8,11 @@ from typing import cast
 import jax
 
 from distill_jax import registry
-from distill_jax.data import tokenizers
+from distill_jax.data import corpus, tokenizers
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.hub.pretrained import IDS
-from distill_jax.hub.tokenizer import TokenizerFiles, read_tokenizer
+from distill_jax.hub.special_tokens import named_token
+from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.hub.weights import read_hf_json
 from distill_jax.models import DecoderModel, loading, runs
 from distill_jax.nn import params, sharding
@@ -75,13 +76,8 @@ def tokenizer_files(tokenizer: Tokenizer, path: str) -> TokenizerFiles:
     tokenizer: the tokenizer.
     path: the path or URL from which it was loaded. Other files of its folder are used too.
   """
-  found = read_tokenizer(tokenizers.locate(path)[0])
-  text, pieces = None, found.sentencepiece if found else None
-  if tokenizer.kind == "huggingface":
-    text = tokenizer.raw.decode()
-  else:
-    pieces = tokenizer.raw
-  return TokenizerFiles(text, pieces, _config(tokenizer) | (found.config if found else {}))
+  found = corpus.files_at(path)
+  return dataclasses.replace(found, config=_config(tokenizer) | found.config)
 
 
 def _config(tokenizer: Tokenizer) -> JsonObject:
@@ -121,9 +117,8 @@ def _special_ids(tokenizer: Tokenizer, config: JsonObject) -> JsonObject:
   A text ends with the token that is named in tokenizer_config.json, often the end of a chat turn,
   and with the vocabulary's end of text.
   """
-  ends = tokenizer.eos_id, Tokenizer(tokenizer.raw, tokenizer.where, None, None).eos_id
-  different = list(dict.fromkeys(i for i in ends if i is not None))
-  named = {role: config.get(f"{role}_token") for role in ("bos", "pad")}
-  texts = {role: t["content"] if isinstance(t, dict) else t for role, t in named.items()}
-  ids = {f"{role}_token_id": tokenizer.token_id(t) for role, t in texts.items() if t}
-  return {"eos_token_id": different if len(different) > 1 else next(iter(different), None), **ids}
+  texts = {role: named_token(config, f"{role}_token") for role in ("eos", "bos", "pad")}
+  ids = {role: tokenizer.token_id(text) for role, text in texts.items() if text}
+  ends = list(dict.fromkeys(i for i in (ids.pop("eos", None), tokenizer.eos_id) if i is not None))
+  eos = ends if len(ends) > 1 else next(iter(ends), None)
+  return {"eos_token_id": eos, **{f"{role}_token_id": i for role, i in ids.items()}}

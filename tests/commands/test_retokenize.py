@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import small_tokenizers
 import tiny
 import tiny_checkpoints
 from safetensors.numpy import load_file
@@ -24,6 +25,7 @@ from distill_jax.hub.export import export_model
 from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import loading
 from distill_jax.nn import params, sharding
+from distill_jax.retokenize import model as new_model
 from distill_jax.retokenize import rows
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import pairing
@@ -191,6 +193,21 @@ def test_the_student_fits_records_in_the_new_tokens(pieces, tmp_path):
   resolved = config.resolve(c)
   student = loading.open_source(resolved.student)
   assert pairing.student_tokenizer(resolved, student).digest == load_tokenizer(pieces).digest
+
+
+def test_texts_end_with_the_end_of_a_turn_and_of_a_document(tmp_path):
+  """Both are in generation_config.json. The tokenizer's file may have any name."""
+  special = ("<|im_end|>", "<|endoftext|>")
+  (tmp_path / "own.json").write_bytes(small_tokenizers.byte_level(special=special).raw)
+  about = {"eos_token": {"content": "<|im_end|>"}, "bos_token": None, "pad_token": "<|endoftext|>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+  path = str(tmp_path / "own.json")
+  tokenizer = load_tokenizer(path)
+  files = new_model.tokenizer_files(tokenizer, path)
+  assert files.json.encode() == tokenizer.raw and files.config["pad_token"] == "<|endoftext|>"
+  turn, document = map(tokenizer.token_id, special)
+  generation = new_model.generation({"eos_token_id": 1}, tokenizer, files.config, path)
+  assert generation == {"eos_token_id": [turn, document], "pad_token_id": document}
 
 
 @pytest.mark.parametrize(
