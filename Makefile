@@ -7,9 +7,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # uv needs a quarter of pip's time: it downloads in parallel, and leaves modules to be compiled when
 # they are first imported. It does not read pip's settings: where it fails, e.g. behind a mirror that
 # only pip knows, pip installs.
-export PYTHONDONTWRITEBYTECODE :=  # each process would compile them again
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --quiet \
   --python $(BIN)/python
+export PYTHONDONTWRITEBYTECODE :=  # else each process compiles them again
 FOR_DEMO := '.[gguf,train]'
 FOR_TESTS := '.[all,test]'
 # GSM8K, for records_fidelity.py.

@@ -149,11 +149,11 @@ def align(
   if any(begins) and not (tables.chats or tables.teacher.tokenizer.begin):
     begin = np.array(tables.student.tokenizer.begin, np.int64)
     pairs = zip(used, begins, strict=True)
-    used = [_begun(s, begin) if s is not None and is_start else s for s, is_start in pairs]
+    used = [_with_beginning(s, begin) if s is not None and is_start else s for s, is_start in pairs]
   return join(used), skipped
 
 
-def _begun(segment: Segment, begin: np.ndarray) -> Segment:
+def _with_beginning(segment: Segment, begin: np.ndarray) -> Segment:
   """Returns a segment in which the student has the tokens `begin` first, without bytes."""
   place = np.full(len(begin), segment.start_H[0] if len(segment.start_H) else 0)
   return segment._replace(

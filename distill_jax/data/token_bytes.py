@@ -52,9 +52,9 @@ def joiner(tokenizer: Tokenizer) -> Callable[[Sequence[int]], bytes]:
   decoder = json.loads(tokenizer.raw)["decoder"] if tokenizer.kind == "huggingface" else {}
   if decoder is None or not JOINING.issuperset(_types(decoder)):  # e.g. one that adds spaces
     return lambda ids: tokenizer.decode(ids).encode()
-  hidden = set(tokenizer.special_tokens) if tokenizer.kind == "sentencepiece" else set()
-  read = reader(tokenizer)
-  return lambda ids: b"".join(read(i) for i in ids if tokenizer.piece(i) not in hidden)
+  special = tokenizer.special_tokens if tokenizer.kind == "sentencepiece" else ()
+  hidden, read = {tokenizer.token_id(token) for token in special}, reader(tokenizer)
+  return lambda ids: b"".join(read(i) for i in ids if i not in hidden)
 
 
 def _types(decoder: JsonObject) -> Iterator[str]:

@@ -7,16 +7,18 @@ from fractions import Fraction
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\?[{}]")
 FRACTION = r"\\[dt]?frac\s*(?:\{-?\d+\}|\d)\s*(?:\{\d+\}|\d)"
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+DIGITS = rf"{WHOLE}(?:\.\d+)?|\.\d+"
 MIXED = rf"{WHOLE}(?:[ ]?{FRACTION}|[ ]\d+/\d+)"
 NUMBER = re.compile(
   rf"(?<![\w.\\])(?:-[€£¥]?)?\$?(?:{MIXED}|{FRACTION}|(?:{DIGITS})(?:/\d+)?)(?:\\?%)?"
 )
 GROUPS = re.compile(r"(?<=\d)(?:\\[,!;:\s]|\{,\}|~)(?=\d{3}(?!\d))")  # 1\,000, 1{,}000
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-MINUS = re.compile(r"[\u2212\ufe63\uff0d]|(?<![\w)}])\u2013(?=[.$]?\d)")  # en dash: also in 3–5
-WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")  # but no TeX command
+MINUS = re.compile(
+  r"[\u2212\ufe63\uff0d]|(?<![\w)}])\u2013(?=[.$]?\d)"
+)  # the en dash in 3–5 is kept
+WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")  # but not a TeX command
 UNITS = re.compile(r"(?<=[\d%])(?:\s+[a-z]+)+\.?$")
 PLAIN_FRACTION = re.compile(rf"(-?)({WHOLE})?\\frac(?:\{{(-?\d+)\}}|(\d))(?:\{{(\d+)\}}|(\d))")
 SPACED = re.compile(rf"(?<![\w.,/])({WHOLE})\s+(\d+)/(\d+)\b")  # 3 1/2

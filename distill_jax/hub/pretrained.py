@@ -108,8 +108,8 @@ def _open_folder(
     return float8.BlockScaled(weights, block) if block else weights
 
   if timm_vit.is_plain_vit(hf):  # its sizes are in the headers of the weights
-    hf, of_timm = timm_vit.read(open_weights(), folder)
-    return _opened(source, folder, hf, lambda: of_timm, tokenizer, generation)
+    hf, timm_weights = timm_vit.read(open_weights(), folder)
+    return _opened(source, folder, hf, lambda: timm_weights, tokenizer, generation)
   return _opened(source, folder, hf, open_weights, tokenizer, generation)
 
 

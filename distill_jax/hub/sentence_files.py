@@ -12,7 +12,7 @@ from distill_jax.types import JsonObject
 MODULES = "modules.json"
 KINDS = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}  # by folder
 KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-OTHER = "Use another model"
+ACTION = "Use another model"
 
 
 def read_pooling(folder: str | os.PathLike[str]) -> str:
@@ -32,9 +32,9 @@ def read_pooling(folder: str | os.PathLike[str]) -> str:
   except (TypeError, KeyError, AttributeError) as e:
     raise InputError(f"{path} is not a list of modules ({e!r}). Download the file again.") from e
   if others := sorted(kinds.keys() - set(KINDS.values())):
-    raise bad_value(f"{path}: type", others[0], f"one of {', '.join(KINDS.values())}", OTHER)
+    raise bad_value(f"{path}: type", others[0], f"one of {', '.join(KINDS.values())}", ACTION)
   if "Pooling" not in kinds:
-    raise InputError(f"{path} has no module Pooling. {OTHER}.")
+    raise InputError(f"{path} has no module Pooling. {ACTION}.")
   path = files.join(files.join(folder, kinds["Pooling"]), "config.json")
   hf = {KEYS["mean"]: True, **read_hf_json(path)}  # its default in sentence-transformers
   on = [key for key, value in hf.items() if key.startswith("pooling_mode_") and value]
@@ -42,7 +42,7 @@ def read_pooling(folder: str | os.PathLike[str]) -> str:
   for name, key in KEYS.items():
     if found in ([name], [key]):
       return name
-  raise bad_value(f"{path}: the pooling", found, f"one of {', '.join(KEYS.values())}", OTHER)
+  raise bad_value(f"{path}: the pooling", found, f"one of {', '.join(KEYS.values())}", ACTION)
 
 
 def content(pooling: str, width: int) -> JsonObject:

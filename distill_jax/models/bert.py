@@ -136,17 +136,17 @@ class Model(nnx.Module):
     x_BSD, taps_PBSD = self.encode(inputs, compute, taps)
     # The embedding of sentence-transformers (arXiv:1908.10084).
     is_mean = self.config.pooling == "mean"
-    whole_B1D = _mean(x_BSD, inputs.segments_BT > 0) if is_mean else x_BSD[:, :1]
+    mean_or_first_B1D = _mean(x_BSD, inputs.segments_BT > 0) if is_mean else x_BSD[:, :1]
     if not self.config.num_labels:
-      unit_B1D = layers.unit(whole_B1D)
+      unit_B1D = layers.unit(mean_or_first_B1D)
       no_head_1D = jnp.zeros_like(unit_B1D[0])
-      return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=whole_B1D)
+      return Output(unit_B1D, no_head_1D, taps_PBTD=taps_PBSD, embedding_BTD=mean_or_first_B1D)
     head, head_bias, pool, pool_bias = compute.cast_and_gather(
       (self.head, self.head_bias, self.pool, self.pool_bias)
     )
     pooled_B1D = jnp.tanh(x_BSD[:, :1] @ pool[...] + pool_bias[...][None, None])
     hidden_B1D, head_VD = layers.with_bias(pooled_B1D, head[...], head_bias[...])
-    return Output(hidden_B1D, head_VD, taps_PBTD=taps_PBSD, embedding_BTD=whole_B1D)
+    return Output(hidden_B1D, head_VD, taps_PBTD=taps_PBSD, embedding_BTD=mean_or_first_B1D)
 
   def encode(
     self, inputs: Inputs, compute: layers.ComputeConfig, taps: tuple[int, ...] = ()

@@ -125,9 +125,7 @@ def _check_options(config: Config) -> None:
   if generate.ignore_eos:
     expected = "False, since the student would never learn where a text ends"
     raise bad_value("generate.ignore_eos", True, expected, "Remove it")
-  if generate.temperature == 0 and generate.samples > 1:
-    expected = "1 with generate.temperature=0, where all texts of a prompt are equal"
-    raise bad_value("generate.samples", generate.samples, expected, "Set it to 1")
+  GenerationJob.from_config(config).check()
 
 
 def _sampling_notes(texts: Texts) -> list[str]:

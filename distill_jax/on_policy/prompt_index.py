@@ -42,7 +42,7 @@ class PromptIndex:
     teachers: The names of the teachers.
     places_N: uint64, the number of its teacher and the offset of each prompt, over all files.
     digest: The sha256, in hex, of the prompts that can be used.
-    unsaved: Writes the file of places, on process 0. None: it is there.
+    unsaved: Writes the file of places, on process 0. None: the file has them.
 
   Attributes:
     counts: The number of prompts of each teacher.

@@ -168,7 +168,7 @@ def test_votes_count_what_math_considers_equal_as_one_answer(answer):
   assert len({math.spelling(x) for x in ("5", "x+5", "5x", "2x=5", "-5", "25", "")}) == 7
 
 
-def test_a_list_is_no_mixed_number():
+def test_a_list_is_not_a_mixed_number():
   assert answers.canonical(r"5, \frac{1}{2}") != answers.canonical("5.5")
 
 

@@ -134,7 +134,7 @@ CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 
 
 def test_an_embedding_can_be_the_first_token(tmp_path):
-  """As for BAAI/bge; an export has the same files, and is read again."""
+  """BAAI/bge models have this configuration. An export has the same files and can be opened."""
   model = published(tmp_path / "theirs", word_embedding_dimension=48, **CLS)
   tokens, segments, inputs = batch()
   with torch.no_grad():

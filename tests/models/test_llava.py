@@ -147,7 +147,7 @@ def test_a_shape_has_its_published_size():
 
 
 def test_text_config_has_the_defaults_of_transformers():
-  """As in the config.json of llava-1.5-7b, which has only what differs from LlamaConfig."""
+  """The text_config of llava-1.5-7b only has values that differ from LlamaConfig's defaults."""
   want = llava.CONFIGS["llava-1.5-7b"]
   text = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32_064}
   hf = {**want.to_hf(), "text_config": {**text, "rms_norm_eps": 1e-5}}
