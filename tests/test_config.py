@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import types
 from pathlib import Path
 
@@ -116,6 +117,30 @@ def test_the_learning_rate_warms_up_and_decays():
   wsd = optim.learning_rate(dataclasses.replace(c, schedule="wsd", decay_fraction=0.25), 20)
   assert float(wsd(15)) == pytest.approx(1.0)
   assert float(wsd(18)) == pytest.approx(0.4)
+  with pytest.raises(InputError, match=r"optim.decay_fraction is 0.9; expected at most 0.8"):
+    optim.learning_rate(dataclasses.replace(c, schedule="wsd", decay_fraction=0.9), 20)
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("optim.peak_lr", -1e-3),
+    ("optim.peak_lr", math.nan),
+    ("optim.clip_norm", -1.0),
+    ("optim.end_fraction", -1.0),
+    ("optim.decay_fraction", 20.0),
+    ("optim.b2", 1.5),
+    ("train.mixture", (1.0, 0.0)),
+    ("student.dtype", "bf16"),
+    ("student.param_dtype", "int8"),
+  ],
+)
+def test_numbers_that_would_train_wrongly_are_refused(key, value):
+  c = config.base()
+  section, _, name = key.partition(".")
+  c[section][name] = value
+  with pytest.raises(InputError, match=rf"{name} is .*; expected"):
+    config.resolve(c)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)

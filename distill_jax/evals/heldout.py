@@ -28,7 +28,7 @@ from distill_jax.records import collate
 from distill_jax.records.store import open_store
 from distill_jax.report.examples import Examples, Generation
 from distill_jax.runtime.progress import Progress
-from distill_jax.tasks import TextTask, dataset, pseudo_labels
+from distill_jax.tasks import TextTask, dataset, model_checks, pseudo_labels
 from distill_jax.training.outputs import run_teacher
 from distill_jax.types import IN_BATCH_CLASSES, Batch, JsonObject, Mean
 
@@ -229,7 +229,7 @@ def _tasks(config: Config, teacher: LoadedModel) -> dict[str, HeldOut]:
     )
     for name in config.tasks
   }
-  dataset.check_model(examples, teacher.config)
+  model_checks.check_model(examples, teacher.config)
   classes = sum(e.source.classes for e in examples.values())
   ranges = dataset.class_ranges(examples)
   return {

@@ -15,7 +15,18 @@ from flax import struct
 
 from distill_jax.errors import bad_value
 from distill_jax.nn.layers import ComputeConfig
-from distill_jax.types import QKV, Batch, FamilyConfig, Inputs, Mean, Model, ModelInputs, Output
+from distill_jax.types import (
+  QKV,
+  Batch,
+  FamilyConfig,
+  ImageText,
+  Inputs,
+  Mean,
+  Model,
+  ModelInputs,
+  Output,
+  SourceTarget,
+)
 
 Pairs = tuple[tuple[int, int], ...]  # (student layer, teacher layer)
 
@@ -175,10 +186,20 @@ def feature_positions(batch: Batch, positions: int) -> FeaturePositions:
     positions: Number of positions of the features, S.
   """
   if batch.valid_BS is None:
-    assert isinstance(batch.inputs, Inputs)
-    return FeaturePositions(batch.mask_BT, batch.inputs.segments_BT, True)
+    return FeaturePositions(batch.mask_BT, _decoder_inputs(batch).segments_BT, True)
   valid_BS = jnp.broadcast_to(batch.valid_BS, (len(batch.valid_BS), positions))
   return FeaturePositions(valid_BS, valid_BS.astype(jnp.int32), False)
+
+
+def _decoder_inputs(batch: Batch) -> Inputs:
+  """Returns the tokens that a decoder reads; of LLaVA, they include those of the image."""
+  inputs = batch.model_inputs
+  if isinstance(inputs, SourceTarget):
+    return inputs.target
+  if isinstance(inputs, ImageText):
+    return inputs.texts
+  assert isinstance(inputs, Inputs)
+  return inputs
 
 
 def mean_over_labels(x_BS: jax.Array, batch: Batch) -> Mean:

@@ -31,7 +31,7 @@ class Loss(LayerPairLoss):
   heads: int = 1
   """Number of relation heads.
 
-  It divides the total width of the queries, and of the keys, of teacher and student.
+  It divides the total widths of the queries, of the keys and of the values of teacher and student.
   """
 
   def feature_specs(
@@ -44,14 +44,14 @@ class Loss(LayerPairLoss):
     """
     for role, config in (("student", student), ("teacher", teacher)):
       c = features.attention_sizes(config)
-      for n in (c.num_attention_heads, c.num_key_value_heads):
-        if self.heads < 1 or n * c.head_dim % self.heads:
-          raise bad_value(
-            "heads",
-            self.heads,
-            f"a divisor of {n * c.head_dim}, the width of the {role}'s {n} heads",
-            "Correct it",
-          )
+      for what, n, head in (
+        ("queries", c.num_attention_heads, c.head_dim),
+        ("keys", c.num_key_value_heads, c.head_dim),
+        ("values", c.num_key_value_heads, c.value_head_dim),
+      ):
+        if self.heads < 1 or n * head % self.heads:
+          expected = f"a divisor of {n * head}, the width of the {role}'s {what} ({n} heads)"
+          raise bad_value("heads", self.heads, expected, "Correct it")
     ours, theirs = zip(*pairs, strict=True)
     if 0 in (*ours, *theirs):
       raise InputError("The loss 'relations' cannot compare layer 0. Name layers from 1 on.")

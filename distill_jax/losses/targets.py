@@ -129,6 +129,10 @@ class TopKTargets(Targets, kw_only=True):
   def forward_kl(self, logits_BCV: jax.Array, temperature: jax.Array | float) -> jax.Array:
     return self.divergence(divergences.forward_kl, logits_BCV, temperature)
 
+  def present(self) -> jax.Array:
+    # Text without targets has zeros, which no targets are: the ids of entries differ.
+    return jnp.any((self.logp_BTK != 0) | (self.ids_BTK != 0), -1)
+
 
 class SampledTargets(Targets, kw_only=True):
   """Tokens sampled from the teacher's distribution at each position.

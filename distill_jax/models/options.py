@@ -10,6 +10,8 @@ from distill_jax.nn.lora import LoraOptions
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.types import JsonObject
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -37,11 +39,12 @@ class ModelOptions:
   """Hugging Face parameter-name prefixes to initialise randomly instead of loading, e.g.
   ("classifier",)."""
   dtype: str = "float32"
-  """Dtype of matrix products and activations, e.g. "bfloat16". Norms, softmax and losses are
-  computed in float32."""
+  """Dtype of matrix products and activations: "float32", "bfloat16" or "float16". Norms, softmax
+  and losses are computed in float32."""
   param_dtype: str = "float32"
   """Dtype of the parameters in memory: "float32", "bfloat16" or "float16". The moments of the
-  optimizer are in float32."""
+  optimizer are in float32. Train in float32: an update of less than about 1/500 of a parameter is
+  lost in bfloat16, e.g. every update of a norm's scale at common learning rates."""
   remat: str = "none"
   """Activations kept for the backward pass: "none" keeps all except those of norms, activation
   functions and attention scores, "dots" keeps the results of matrix products, "offload" keeps these
@@ -53,6 +56,10 @@ class ModelOptions:
   rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   """Sharding rules that replace rows of nn/sharding.TABLE for this model: a pair (storage, compute)
   of mesh axes by logical axis, e.g. {"experts": ("fsdp", "tensor")}. "": not sharded."""
+
+  def __post_init__(self) -> None:
+    for name in ("dtype", "param_dtype"):
+      check_choice(name, getattr(self, name), DTYPES, "Correct it")
 
 
 # The values of student.train, and the options of the student that each of them uses.
@@ -84,6 +91,7 @@ class StudentOptions(ModelOptions):
   ("model.encoder.",), for student.train="frozen"."""
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_choice("student.train", self.train, TRAIN, "Choose one")
     defaults = {f.name: f.default for f in dataclasses.fields(self)}
     for part in ("lora", "share", "quantise", "frozen"):

@@ -175,7 +175,7 @@ def _train(config: Config, mesh: Mesh, opened: stores.Stores) -> LoweredStep:
   validate.check_run(without_files, opened, student)
   online = state.online_teachers(config)
   validate.check_mesh(without_files, opened, [student, *online.values()], mesh)
-  step = loop.make_step(config, opened, student, online.get("teacher"))
+  step = loop.make_step(config, opened, student, online)
   validate.check_features(config, step, opened)
   abstract = state.abstract_state(step, opened, student)
   shardings = sharding.shardings(abstract, mesh, step.student.rules)

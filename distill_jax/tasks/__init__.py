@@ -9,4 +9,4 @@ from distill_jax.tasks._base import Example, PseudoLabels, Stack, Task, TaskSour
 
 __all__ = ["Example", "PseudoLabels", "Stack", "Task", "TaskSource", "TextTask"]
 
-SHARED = ("dataset", "pseudo_labels")
+SHARED = ("dataset", "model_checks", "pseudo_labels")

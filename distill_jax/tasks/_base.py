@@ -36,6 +36,10 @@ class TaskSource(Protocol):
     """Number of labels of an example, T."""
 
   @property
+  def token_rows(self) -> int:
+    """Number of rows of the embedding table that the input tokens need; 0 without tokens."""
+
+  @property
   def digest(self) -> str:
     """sha256, in hex, of the data and of everything that decides how it is read."""
 

@@ -44,6 +44,7 @@ class EncodedTexts:
       _cut([*tokenizer.begin, *ids, *tokenizer.end], max_tokens)
       for ids in tokenizer.encode_batch(texts)
     ]
+    self.token_rows = 1 + max(map(max, self._ids))
     data = json.dumps([self._ids, list(labels), tokenizer.digest])
     self.digest = hashlib.sha256(data.encode()).hexdigest()
 

@@ -27,6 +27,7 @@ from distill_jax.records.manifest import Manifest, without_targets
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recording import Corpus
 from distill_jax.records.stacked import Stacked
+from distill_jax.tasks import model_checks
 from distill_jax.tasks._base import Stack, Task, TaskSource
 from distill_jax.types import IN_BATCH_CLASSES, Batch
 
@@ -248,7 +249,7 @@ def open_corpus(
       "Set train.online=True."
     )
   if teacher is not None:
-    check_model(every, teacher)
+    model_checks.check_model(every, teacher)
   first = classes.start if classes else 0
   return Corpus(examples, source.positions, source.classes, "", examples.digest, first)
 
@@ -263,45 +264,6 @@ def class_ranges(examples: Mapping[str, TaskExamples]) -> dict[str, range | None
     ranges[name] = range(first, first + task_examples.source.classes)
     first += task_examples.source.classes
   return ranges
-
-
-def check_model(examples: Mapping[str, TaskExamples], model_config: FamilyConfig) -> None:
-  """Checks that a model can be trained on tasks.
-
-  Args:
-    examples: The examples of each task, by name.
-    model_config: The model's architecture config.
-
-  Raises:
-    InputError: The model cannot read a task, its head is too small for all classes, or the tasks
-      cannot be trained together.
-  """
-  for task_examples in examples.values():
-    task_examples.task.check(model_config)
-  sources = [task_examples.source for task_examples in examples.values()]
-  total = sum(source.classes for source in sources)
-  if total > model_config.head_rows:
-    raise InputError(
-      f"The tasks {', '.join(examples)} have {total} classes, but the model's head has "
-      f"{model_config.head_rows} rows. Set changes={{'num_labels': {total}}} of the model."
-    )
-  if len(sources) > 1 and any(source.classes == IN_BATCH_CLASSES for source in sources):
-    raise InputError(
-      f"One of the tasks {', '.join(examples)} is contrastive and cannot be trained with other "
-      "tasks. Train it alone."
-    )
-  kinds = {type(task_examples.task) for task_examples in examples.values()}
-  sizes = {source.positions for source in sources}
-  if len(kinds) > 1:
-    raise InputError(
-      f"The tasks {', '.join(examples)} are of {len(kinds)} kinds. Only tasks of one kind can be "
-      "trained together."
-    )
-  if len(sizes) > 1:
-    raise InputError(
-      f"The tasks {', '.join(examples)} have {sorted(sizes)} labels per example. Only tasks with "
-      "the same number of labels can be trained together."
-    )
 
 
 def reader(tasks: Mapping[str, Task]) -> Callable[[Stack], Batch] | None:

@@ -85,6 +85,7 @@ class CaptionedImages:
         "Raise it",
       )
     self._ids = [[*ids, eos] for ids in tokenizer.encode_batch([p.text for p in pairs])]
+    self.token_rows = 1 + max(map(max, [self._prompt, *self._ids]))
     data = json.dumps([tokenizer.digest, self._prompt, self._ids, [p.digest for p in pairs]])
     self.digest = hashlib.sha256(data.encode()).hexdigest()
 

@@ -165,6 +165,7 @@ class ClassifiedImages:
   images: LabelledImages
   classes: int
   positions: int = 1
+  token_rows: int = 0
 
   @property
   def digest(self) -> str:

@@ -79,6 +79,7 @@ class EncodedImageTextPairs:
     self._task, self._pairs = task, pairs
     texts, labels = [pair.text for pair in pairs], [0] * len(pairs)
     self._texts = _texts.EncodedTexts(texts, labels, self.classes, tokenizer, task.max_tokens)
+    self.token_rows = self._texts.token_rows
     data = json.dumps([self._texts.digest, [pair.digest for pair in pairs]])
     self.digest = hashlib.sha256(data.encode()).hexdigest()
 

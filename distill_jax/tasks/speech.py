@@ -219,7 +219,8 @@ class TranscribedSounds:
 
   def __init__(self, task: Task, sounds: Sequence[Sound], tokenizer: Tokenizer, bad: BadExamples):
     self._task, self.tokenizer = task, tokenizer
-    self.classes, self.positions = tokenizer.vocab_size, task.positions
+    self.classes = self.token_rows = tokenizer.vocab_size
+    self.positions = task.positions
     self.prompt = [_seq2seq_targets.token_id(task.kind, tokenizer, t) for t in task.prompt]
     self.eos = _seq2seq_targets.token_id(task.kind, tokenizer, task.end)
     self.files: list[Path] = []

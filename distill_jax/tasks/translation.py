@@ -155,7 +155,8 @@ class EncodedPairs:
     bad: BadExamples,
   ):
     self._task, self.tokenizer = task, tokenizer
-    self.classes, self.positions = tokenizer.vocab_size, task.target_len
+    self.classes = self.token_rows = tokenizer.vocab_size
+    self.positions = task.target_len
     if tokenizer.eos_id is None:
       raise InputError(
         f"{tokenizer.where} has no end token, which the task {task.kind} needs. Use another "

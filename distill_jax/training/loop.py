@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.runs import Run
 from distill_jax.nn import sharding
+from distill_jax.records.student_rows import TEACHER
 from distill_jax.runtime import best_checkpoint, checkpoint, distributed
 from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import optim, trackers, validate, validate_heldout
@@ -27,7 +28,7 @@ from distill_jax.training.heldout import Benchmarks, Evaluation
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.training.run_log import Log, Profile
 from distill_jax.training.save_schedule import SaveSchedule
-from distill_jax.training.state import prepare
+from distill_jax.training.state import online_teachers, prepare
 from distill_jax.training.step import Step
 from distill_jax.training.stores import (
   Stores,
@@ -74,9 +75,10 @@ def train(
   validate.check_run(config, stores, student)
   validate_heldout.check(config, stores, heldout, student)
   c = config.train
-  validate.check_online(config, [*stores, *heldout], online)
+  for split in (stores, heldout):
+    validate.check_online(config, split, online, student)
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
-  step = make_step(config, stores, student, online.get("teacher"))
+  step = make_step(config, stores, student, online)
   validate.check_features(config, step, stores)
   evaluation = Evaluation(config, step, stores, heldout, mesh, benchmarks)
   evaluation.check_metrics(student, online)
@@ -160,7 +162,7 @@ def make_step(
   config: Config,
   stores: Stores,
   student: ModelSource | None = None,
-  teacher: ModelSource | None = None,
+  online: Mapping[str, ModelSource] | None = None,
 ) -> Step:
   """Returns the training step of a config.
 
@@ -168,12 +170,14 @@ def make_step(
     config: The config of the run.
     stores: The stores it trains on.
     student: The model to train; None to open config.student.
-    teacher: The opened config.teacher; None to open it if a loss compares its features.
+    online: The online teachers, from `online_teachers`; None to open those that a feature loss
+      names.
   """
   student = student or loading.open_source(config.student, config.seed)
-  needs_features = any(isinstance(fn, FeatureLoss) for fn in config.losses.values())
-  if needs_features and teacher is None:
-    teacher = loading.open_source(config.teacher, config.seed)
+  named = {fn.teacher for fn in config.losses.values() if isinstance(fn, FeatureLoss)}
+  compared = dict((online_teachers(config) if named else {}) if online is None else online)
+  if TEACHER in named and TEACHER not in compared:  # its features are recorded
+    compared[TEACHER] = loading.open_source(config.teacher, config.seed)
   sizes = [store.manifest.vocab_size for store in stores]
   return Step(
     losses=config.losses,
@@ -186,7 +190,7 @@ def make_step(
     accumulate=config.optim.accumulate,
     vocab_size=sum(sizes) if config.tasks else teacher_manifest(stores).vocab_size,
     student_config=student.config,
-    teacher_config=teacher.config if needs_features and teacher else None,
+    teacher_configs={name: compared[name].config for name in sorted(named)},
     recorded=recorded(config, stores),
     balance_every=config.optim.balance_every,
     trainable=student.trainable,

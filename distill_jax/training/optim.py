@@ -30,7 +30,7 @@ def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
     steps: Number of training steps.
 
   Raises:
-    InputError: The schedule is unknown, or the warm-up is not shorter than the training.
+    InputError: The schedule is unknown, or the warm-up and the decay do not fit into the training.
   """
   check_choice("optim.schedule", c.schedule, SCHEDULES, "Correct it")
   if not 0 <= c.warmup_steps < steps:
@@ -46,7 +46,10 @@ def learning_rate(c: OptimOptions, steps: int) -> optax.Schedule:
     schedule = optax.constant_schedule(peak)
   else:
     fall = max(1, round(c.decay_fraction * steps))
-    schedule = optax.linear_schedule(peak, end, fall, max(0, rest - fall))
+    if fall > rest:
+      expected = f"at most {rest / steps:g}, the fraction of the steps after optim.warmup_steps"
+      raise bad_value("optim.decay_fraction", c.decay_fraction, expected, "Lower it")
+    schedule = optax.linear_schedule(peak, end, fall, rest - fall)
   return optax.join_schedules([warmup, schedule], [c.warmup_steps])
 
 
@@ -80,7 +83,7 @@ def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
   (`observe`).
   """
   transforms = [
-    optax.clip_by_global_norm(c.clip_norm),
+    optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
     _with_float32_state(optax.scale_by_adam(c.b1, c.b2, c.eps)),
     optax.add_decayed_weights(c.weight_decay, mask=decay_mask),
   ]
@@ -88,6 +91,20 @@ def optimizer(c: OptimOptions) -> optax.GradientTransformationExtraArgs:
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=c.plateau_patience)
     transforms.append(_at_evaluations(plateau) if c.plateau_metric else plateau)
   return optax.with_extra_args_support(optax.chain(*transforms))
+
+
+def plateau_scale(opt: optax.OptState) -> jax.Array | float:
+  """Returns the factor by which reduce-on-plateau lowers the rate; 1 without it.
+
+  Args:
+    opt: The optimizer's state after the update.
+  """
+
+  def is_plateau(node: PyTree) -> bool:
+    return isinstance(node, optax.contrib.ReduceLROnPlateauState)
+
+  scales = [n.scale for n in jax.tree.leaves(opt, is_leaf=is_plateau) if is_plateau(n)]
+  return scales[0] if scales else 1.0
 
 
 class HeldoutPlateau(NamedTuple):

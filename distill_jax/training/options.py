@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from distill_jax.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class OptimOptions:
   weight_decay: float = 0.1
   """Decoupled weight decay of matrices; norms and biases are not decayed."""
   clip_norm: float = 1.0
-  """Global gradient norm above which gradients are clipped."""
+  """Global gradient norm above which gradients are clipped; 0 for no clipping."""
   accumulate: int = 1
   """Number of microbatches per step. The gradient is that of the whole batch."""
   balance_every: int = 0
@@ -46,6 +49,18 @@ class OptimOptions:
 
   Re-balancing scales the losses so that their gradient norms are in the ratio of their weights.
   """
+
+  def __post_init__(self) -> None:
+    for names, low, high in (
+      (("peak_lr", "weight_decay", "clip_norm", "eps"), 0, math.inf),
+      (("plateau_patience", "balance_every"), 0, math.inf),
+      (("decay_fraction", "end_fraction", "b1", "b2"), 0, 1),
+    ):
+      for name in names:
+        value = getattr(self, name)
+        if not (low <= value <= high and math.isfinite(value)):
+          expected = "a number from 0 to 1" if high == 1 else "a number of at least 0"
+          raise bad_value(f"optim.{name}", value, expected, "Correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +122,18 @@ class TrainOptions:
   checkpoint_every: int = 0
   """Number of steps between additional checkpoints; 0 for none by steps."""
   keep: int = 2
-  """Number of most recent checkpoints to keep, besides the best one."""
+  """Number of most recent checkpoints to keep, besides the best one; at least 1."""
   keep_every: int = 0
   """Interval in steps of additional checkpoints that are all kept; 0 for none."""
   tracker: str = ""
   """Tracker that gets the metrics too, if its package is installed: "trackio", "wandb" or "mlflow";
   "" for none."""
+
+  def __post_init__(self) -> None:
+    if self.keep < 1:
+      raise bad_value("train.keep", self.keep, "at least 1", "Raise it")
+    for name in ("checkpoint_minutes", "checkpoint_every", "keep_every", "eval_every", "patience"):
+      if (value := getattr(self, name)) < 0:
+        raise bad_value(f"train.{name}", value, "a positive number, or 0", "Correct it")
+    if not all(0 < weight < math.inf for weight in self.mixture):
+      raise bad_value("train.mixture", self.mixture, "positive weights", "Correct it")

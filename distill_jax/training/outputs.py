@@ -13,6 +13,7 @@ from distill_jax.cross_tokenizer.dense_targets import TeacherText
 from distill_jax.losses import DenseTargets, features
 from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.records.student_rows import TEACHER
 from distill_jax.types import (
   Batch,
   FamilyConfig,
@@ -48,9 +49,9 @@ def all_teacher_outputs(
   batch: Batch,
   teachers: Teachers,
   compute: ComputeConfig,
-  spec: FeatureSpec,
+  specs: Mapping[str, FeatureSpec],
   recorded: Recorded,
-  teacher_config: FamilyConfig | None,
+  recorded_config: FamilyConfig | None,
 ) -> tuple[dict[str, Targets], dict[str, Features]]:
   """Returns targets and features of every teacher of a batch, from its records or its model.
 
@@ -58,16 +59,19 @@ def all_teacher_outputs(
     batch: The batch, with the targets of recorded teachers.
     teachers: The online teachers, by name.
     compute: The teachers' compute config.
-    spec: The features to extract from online teachers.
-    recorded: Metadata of the recorded targets.
-    teacher_config: See `recorded_features`.
+    specs: The features to extract from online teachers, by name; of those without one, none.
+    recorded: Metadata of the targets of the recorded teacher `TEACHER`. Features of further
+      recorded teachers are not used.
+    recorded_config: See `recorded_features`.
   """
   targets, teacher_features = dict(batch.targets), {}
   for name, t in targets.items():
     if t.taps_BPTD is not None:
-      teacher_features[name] = recorded_features(t.taps_BPTD, recorded, teacher_config)
       targets[name] = t.replace(taps_BPTD=None)
+      if name == TEACHER:
+        teacher_features[name] = recorded_features(t.taps_BPTD, recorded, recorded_config)
   for name, model in teachers.items():
+    spec = specs.get(name, NO_FEATURES)
     targets[name], teacher_features[name] = teacher_outputs(model, name, batch, compute, spec)
   return targets, teacher_features
 

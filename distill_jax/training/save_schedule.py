@@ -8,7 +8,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from distill_jax.errors import bad_value
 from distill_jax.runtime import distributed
 from distill_jax.training.options import TrainOptions
 
@@ -26,17 +25,11 @@ class SaveSchedule:
     options: The options of `train`.
     start: The first step.
     clock: Returns a monotonic time in seconds.
-
-  Raises:
-    InputError: An interval is negative.
   """
 
   def __init__(
     self, options: TrainOptions, start: int, clock: Callable[[], float] = time.monotonic
   ):
-    for key in ("checkpoint_minutes", "checkpoint_every"):
-      if (value := getattr(options, key)) < 0:
-        raise bad_value(f"train.{key}", value, "a positive number, or 0 for never", "Change it")
     self._options, self._now = options, clock
     self._saved = self._checked_at = clock()
     self._checked, self._next = start, start + 1

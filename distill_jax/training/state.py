@@ -133,11 +133,12 @@ def abstract_state(step: Step, stores: Stores, student: ModelSource) -> TrainSta
 def _adapters(step: Step, stores: Stores, key: jax.Array) -> dict[str, PyTree]:
   """Returns the adapters of the losses, by the name of the loss."""
   taps = teacher_manifest(stores).taps if step.recorded.taps else None
+  recorded_width = taps.width if taps else None
   adapters = {}
   for i, name in enumerate(step.losses):
     if fn := step.feature_losses.get(name):
-      student_config, teacher_config = step.configs
-      width = fn.adapter_width(teacher_config, taps.width if taps else None)
+      student_config, teacher_config = step.configs(fn)
+      width = fn.adapter_width(teacher_config, recorded_width if fn.teacher == TEACHER else None)
       own_key = jax.random.fold_in(key, i)
       adapters[name] = fn.init(own_key, step.pairs(fn), student_config, width)
   return {name: owned for name, owned in adapters.items() if owned}

@@ -16,7 +16,9 @@ from distill_jax.losses.features import Features, FeatureSpec
 from distill_jax.models.trainables import WHOLE, Trainable
 from distill_jax.nn import params, sharding
 from distill_jax.nn.layers import ComputeConfig
+from distill_jax.records.student_rows import TEACHER
 from distill_jax.training import token_metrics
+from distill_jax.training.optim import plateau_scale
 from distill_jax.training.outputs import Teachers, all_teacher_outputs, label_each_output
 from distill_jax.training.train_state import TrainState
 from distill_jax.types import (
@@ -82,7 +84,7 @@ class Step:
     accumulate: Number of microbatches per step. The gradient is that of the whole batch.
     vocab_size: Number of tokens; further rows of the head are padding. None if no row is padding.
     student_config: The student's architecture config, for feature losses.
-    teacher_config: The teacher's architecture config, for feature losses.
+    teacher_configs: Architecture configs of the teachers of feature losses, by name.
     recorded: Metadata of the recorded targets in a batch.
     balance_every: Number of steps between re-balancings of the losses; 0 for never. See `_balance`.
     trainable: The part of the student that is trained.
@@ -99,7 +101,7 @@ class Step:
   accumulate: int = 1
   vocab_size: int | None = None
   student_config: FamilyConfig | None = None
-  teacher_config: FamilyConfig | None = None
+  teacher_configs: Mapping[str, FamilyConfig] = dataclasses.field(default_factory=dict)
   recorded: Recorded = Recorded()
   balance_every: int = 0
   trainable: Trainable = WHOLE
@@ -115,11 +117,10 @@ class Step:
     """The losses that are computed from features, by name."""
     return {name: fn for name, fn in self.losses.items() if isinstance(fn, FeatureLoss)}
 
-  @property
-  def configs(self) -> tuple[FamilyConfig, FamilyConfig]:
-    """Architecture configs of student and teacher, which feature losses need."""
-    assert self.student_config is not None and self.teacher_config is not None
-    return self.student_config, self.teacher_config
+  def configs(self, fn: FeatureLoss) -> tuple[FamilyConfig, FamilyConfig]:
+    """Returns the architecture configs of the student and of a feature loss's teacher."""
+    assert self.student_config is not None
+    return self.student_config, self.teacher_configs[fn.teacher]
 
   def init(self, trained: PyTree, adapters: dict[str, PyTree] | None = None) -> TrainState:
     """Returns the state before step 0.
@@ -167,7 +168,8 @@ class Step:
       updates = jax.tree.map(lambda u: -rate * u, updates)
       updated, adapters = optax.apply_updates(differentiated, updates)
       new_params = params.join(updated, frozen)
-    metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics["learning_rate"] = rate * plateau_scale(opt)
     metrics |= {name: mean.value() for name, mean in means.items()}
     metrics |= {"perplexity": jnp.exp(metrics["ce"]), "tokens": count}
     metrics |= {f"weight/{name}": w for name, w in scaled.items()}
@@ -238,7 +240,7 @@ class Step:
     ours, theirs = self.feature_specs()
     out = model(batch.model_inputs, self.student, ours.taps)
     targets, teacher_features = all_teacher_outputs(
-      batch, teachers, self.teacher, theirs, self.recorded, self.teacher_config
+      batch, teachers, self.teacher, theirs, self.recorded, self.teacher_configs.get(TEACHER)
     )
     labelled = batch.with_contrastive_labels() if out.contrastive else batch
     student = ours.extract(model, out, batch.model_inputs, self.student)
@@ -298,14 +300,14 @@ class Step:
 
   def pairs(self, fn: FeatureLoss) -> features.Pairs:
     """Returns the (student layer, teacher layer) pairs of a feature loss."""
-    return fn.pairs(*self.configs)
+    return fn.pairs(*self.configs(fn))
 
-  def feature_specs(self) -> tuple[FeatureSpec, FeatureSpec]:
-    """Returns specs of the student's and the teacher's features that the losses compare."""
-    ours, theirs = FeatureSpec(), FeatureSpec()
+  def feature_specs(self) -> tuple[FeatureSpec, dict[str, FeatureSpec]]:
+    """Returns specs of the features that the losses compare: the student's, and each teacher's."""
+    ours, theirs = FeatureSpec(), dict[str, FeatureSpec]()
     for fn in self.feature_losses.values():
-      a, b = fn.feature_specs(self.pairs(fn), *self.configs)
-      ours, theirs = ours | a, theirs | b
+      a, b = fn.feature_specs(self.pairs(fn), *self.configs(fn))
+      ours, theirs[fn.teacher] = ours | a, theirs.get(fn.teacher, FeatureSpec()) | b
     return ours, theirs
 
   def _balance(

@@ -18,7 +18,7 @@ from distill_jax.records import collate, student_rows
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
-from distill_jax.tasks import dataset
+from distill_jax.tasks import dataset, model_checks
 from distill_jax.tasks.dataset import RecordedTask, TaskExamples
 from distill_jax.training import aligned_store, loader, span_store
 from distill_jax.training.aligned_store import AlignedStore
@@ -117,7 +117,7 @@ def open_tasks(
     name: dataset.open_examples(config, name, split, student.pretrained, limit)
     for name, limit in zip(config.tasks, limits or [0] * len(config.tasks), strict=True)
   }
-  dataset.check_model(tasks, student.config)
+  model_checks.check_model(tasks, student.config)
   return tasks
 
 

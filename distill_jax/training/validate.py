@@ -9,12 +9,15 @@ from jax.sharding import Mesh
 from distill_jax.config import Config
 from distill_jax.data import corpus
 from distill_jax.errors import InputError, bad_value
-from distill_jax.losses import CE, BaseLoss, TokenLoss
+from distill_jax.losses import CE, BaseLoss, FeatureLoss, TokenLoss
+from distill_jax.losses.features import FeatureSpec
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.student_rows import TEACHER
+from distill_jax.tasks import model_checks
+from distill_jax.tasks.dataset import RecordedTask
 from distill_jax.training import loader, pairing
 from distill_jax.training import stores as stores_lib
 from distill_jax.training.aligned_store import AlignedStore
@@ -108,19 +111,42 @@ def check_teachers(config: Config) -> None:
         f"{', '.join(sorted(known))}. Add it to train.teachers with its records, or to `teachers` "
         "with its source."
       )
+    if isinstance(fn, FeatureLoss) and fn.teacher in recorded:
+      raise bad_value(
+        f"losses.{name}.teacher",
+        fn.teacher,
+        "'teacher' or one of `teachers`: features of further recorded teachers are not read",
+        f"Move its source to teachers.{fn.teacher}, or name its records in train.records",
+      )
 
 
-def check_online(config: Config, stores: Stores, online: Mapping[str, ModelSource]) -> None:
-  """Raises InputError if an online teacher would read tokens of another tokenizer than its own.
+def check_online(
+  config: Config, stores: Stores, online: Mapping[str, ModelSource], student: ModelSource
+) -> None:
+  """Raises InputError if an online teacher cannot read the data.
 
-  data.tokenizer is the tokenizer of all models, unless retarget.tokenizer is that of the student.
+  Its positions, its vocabulary or its classes are too few, or the text is in tokens of another
+  tokenizer. data.tokenizer is the tokenizer of all models, unless retarget.tokenizer is that of the
+  student.
 
   Args:
     config: The config of the run.
-    stores: The stores that it trains on, and the held-out stores.
+    stores: The stores that it trains on, or the held-out stores.
     online: The online teachers, by name.
+    student: The model to train.
   """
-  if config.tasks or (config.data.tokenizer and not config.retarget.tokenizer):
+  if config.tasks:
+    opened = [store.examples for store in stores if isinstance(store, RecordedTask)]
+    examples = dict(zip(config.tasks, opened, strict=False))
+    for name, teacher in online.items():
+      model_checks.check_model(examples, teacher.config)
+      model_checks.check_tokenizer(examples, student, name, teacher)
+    return
+  for name, teacher in online.items():
+    for store in stores:
+      if not (name == TEACHER and isinstance(store, AlignedStore)):
+        _check_sizes(store, name, teacher)
+  if config.data.tokenizer and not config.retarget.tokenizer:
     return
   for name, teacher in online.items():
     if name == TEACHER and config.data.tokenizer:
@@ -138,6 +164,17 @@ def check_online(config: Config, stores: Stores, online: Mapping[str, ModelSourc
           "with the tokenizer of config.teacher, or set data.tokenizer to that of the text if both "
           "models have it."
         )
+
+
+def _check_sizes(store: OneStore, name: str, teacher: ModelSource) -> None:
+  """Raises InputError if an online teacher has too few tokens or positions for a text."""
+  m, shape = store.manifest, teacher.text_config
+  if m.vocab_size > shape.vocab_size or m.seq_len > shape.max_position_embeddings:
+    raise InputError(
+      f"The text {store.folder} has {m.vocab_size} tokens in sequences of {m.seq_len}, but the "
+      f"online teacher {name!r} has {shape.vocab_size} tokens and {shape.max_position_embeddings} "
+      "positions. Pack it for this teacher."
+    )
 
 
 def check_student(student: ModelSource) -> None:
@@ -285,7 +322,8 @@ def check_schedules(config: Config) -> None:
 
 def check_features(config: Config, step: Step, stores: Stores) -> None:
   """Raises InputError if the features that losses compare are not in the models or records."""
-  _, theirs = step.feature_specs()  # raises if a layer does not exist
+  _, by_teacher = step.feature_specs()  # raises if a layer does not exist
+  theirs = by_teacher.get(TEACHER, FeatureSpec())
   for name, fn in step.feature_losses.items():
     runs_here = fn.teacher in config.teachers or (fn.teacher == "teacher" and config.train.online)
     if fn.compares_embeddings and not runs_here:

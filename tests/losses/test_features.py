@@ -14,7 +14,7 @@ from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
 from distill_jax.losses import features, hidden, relational, relations
 from distill_jax.losses.features import Features, FeatureSpec
-from distill_jax.models import llama
+from distill_jax.models import deepseek_v3, llama
 from distill_jax.nn.layers import ComputeConfig
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
@@ -233,6 +233,10 @@ def test_layer_pairs():
       lambda c: relations.Loss(heads=5).feature_specs(((1, 1),), c, c),
       "heads is 5; expected a divisor of 32",
     ),
+    (  # 4 heads, of which keys have 12 numbers and values 10
+      lambda c: relations.Loss(heads=12).feature_specs(((1, 1),), *2 * (deepseek_v3.TINY,)),
+      "heads is 12; expected a divisor of 40, the width of the student's values",
+    ),
     (lambda c: relations.Loss().feature_specs(((0, 1),), c, c), "cannot compare layer 0"),
     (lambda c: hidden.Loss(distance="l1"), "distance is 'l1'"),
     (lambda c: relational.Loss(tokens=2), "tokens is 2; expected at least 3"),
@@ -306,6 +310,43 @@ def test_recorded_and_online_features_give_the_same_losses(tmp_path):
     # The error of int8 is half a step of 1/127 of the largest number of a vector.
     assert recorded[0][name] == pytest.approx(online[0][name], rel=1e-3), name
     assert recorded[-1][name] != recorded[0][name]
+
+
+def test_layers_are_those_of_the_teacher_that_a_loss_names(tmp_path):
+  """A further online teacher may be deeper; one without such a loss may be shallower."""
+  c = feature_config(tmp_path)
+  c.train.steps, c.records.kind, c.records.taps = 1, "text", ()
+  record(config.resolve(c), tmp_path / "records")
+  for name, depth in (("deep", 5), ("small", 2)):
+    trained = feature_config(tmp_path)
+    trained.student.changes = {"num_hidden_layers": depth}
+    trained.losses = {"hard": config.loss("ce")}
+    run(trained, tmp_path, name)
+  c.train.online = True
+  c.teachers = {"deep": f"run:{tmp_path / 'deep'}", "small": f"run:{tmp_path / 'small'}"}
+  c.losses = {
+    "soft": config.loss("kd", teacher="small"),
+    "own": config.loss("hidden", layers="0:2"),
+    "last": config.loss("hidden", teacher="deep", layers="last"),
+  }
+  _, (metrics,) = run(c, tmp_path, "last")
+  c.losses["last"].layers = "2:4"
+  _, (same,) = run(c, tmp_path, "fourth")
+  assert metrics == same
+  c.losses["last"].layers = "2:5"
+  with pytest.raises(InputError, match="student layers 0 to 2 and teacher layers 0 to 4"):
+    run(c, tmp_path, "fifth")
+
+
+def test_features_of_a_further_recorded_teacher_are_refused(tmp_path):
+  """They would be read as those of other layers."""
+  c = feature_config(tmp_path)
+  for name in ("records", "other"):
+    record(config.resolve(c), tmp_path / name)
+  c.train.teachers = {"other": (str(tmp_path / "other"),)}
+  c.losses["hidden"].teacher = "other"
+  with pytest.raises(InputError, match=r"losses.hidden.teacher is 'other'; expected 'teacher'"):
+    run(c, tmp_path, "out")
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def program(name: str, accumulate: int):
     chunk=6,
     accumulate=accumulate,
     student_config=SHAPE,
-    teacher_config=SHAPE,
+    teacher_configs={"teacher": SHAPE},
   )
   return step, jax.jit(step)
 

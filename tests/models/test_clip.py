@@ -97,7 +97,7 @@ def program(names: tuple[str, ...]):
     teacher=layers.ComputeConfig(),
     chunk=8,
     student_config=clip.TINY,
-    teacher_config=clip.TINY,
+    teacher_configs={"teacher": clip.TINY},
   )
   return step, jax.jit(step)
 

@@ -2,23 +2,26 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 from tiny_store import contents
 
 from distill_jax import config
 from distill_jax.commands import evaluate, export, record
 from distill_jax.errors import InputError
 from distill_jax.evals import similarity
+from distill_jax.hub.tokenizer import TokenizerFiles
 from distill_jax.models import loading, runs
 from distill_jax.nn import params
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.tasks import dataset
+from distill_jax.tasks import dataset, model_checks
 from distill_jax.training import loop, state, validate
 from distill_jax.training import stores as training_stores
 from distill_jax.training.step import Fixed
@@ -309,6 +312,38 @@ def test_what_does_not_fit_is_refused(c):
   refused("have 2 classes, but the model's head has 1 rows")
   c.student.changes = {"num_lables": 2}
   refused("Did you mean 'num_labels'")
+
+
+def test_an_online_teacher_that_cannot_read_the_texts_is_refused(c, tmp_path):
+  """Ids and positions beyond its tables would be clamped."""
+  c.train.records, c.train.online = (), True
+
+  def refused(match, **changes):
+    c.teacher.changes = {"num_hidden_layers": 2, **changes}
+    resolved = config.resolve(c)
+    with pytest.raises(InputError, match=match), Workdir(tmp_path / "out", resolved) as folder:
+      loop.train(resolved, folder)
+
+  refused(r"have the token \d+, but the model has 40 tokens", vocab_size=40)
+  refused("have 2 classes, but the model's head has 1 rows", num_labels=1)
+  refused("max_tokens is 32; expected from 3 to 8", max_position_embeddings=8)
+
+
+def test_an_online_teacher_with_another_tokenizer_is_refused(c, tmp_path):
+  c.tasks.parity.tokenizer = ""
+  other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  ours, other = other.to_str(), (other.add_special_tokens(["[X]"]), other.to_str())[1]
+
+  def model(name, text):
+    files = TokenizerFiles(text, None, {})
+    opened = types.SimpleNamespace(tokenizer=files, source=name)
+    return types.SimpleNamespace(tokenizer=files, pretrained=opened)
+
+  examples = {"parity": types.SimpleNamespace(task=config.resolve(c).tasks["parity"])}
+  student = model("student", ours)
+  model_checks.check_tokenizer(examples, student, "teacher", model("same", ours))
+  with pytest.raises(InputError, match="but the online teacher 'teacher' has the tokenizer of"):
+    model_checks.check_tokenizer(examples, student, "teacher", model("other", other))
 
 
 @pytest.mark.slow

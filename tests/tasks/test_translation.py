@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from json_lines import read_lines
@@ -11,10 +13,12 @@ from distill_jax import config
 from distill_jax.commands import evaluate, export, generate
 from distill_jax.data import tokenizers as ours
 from distill_jax.errors import InputError
+from distill_jax.models import t5
 from distill_jax.report import examples
 from distill_jax.runtime import extras
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset, translation
+from distill_jax.training import loop, stores
 
 
 def write_pairs(path, n=24):
@@ -79,6 +83,33 @@ def test_from_record_to_export(tmp_path, capsys):
     z = theirs(input_ids=read, attention_mask=seen, decoder_input_ids=decoder_inputs).logits
   ce = torch.nn.functional.cross_entropy(z[mask > 0], labels[mask > 0])
   assert rows["student"]["ce"] == pytest.approx(float(ce), rel=2e-6)  # float32
+
+
+def test_features_of_a_decoder_are_compared_at_its_labels(tmp_path):
+  """The loss of hidden states is that of its formula, at the positions of the target text."""
+  c = configured(tmp_path)
+  c.train.records, c.train.online = (), True
+  for model in (c.teacher, c.student):
+    model.changes["num_decoder_layers"] = 2
+  c.losses = {
+    "hidden": config.loss("hidden", layers="0:0"),
+    "relations": config.loss("relations", layers="1:1"),
+    "relational": config.loss("relational", layers="0:0", tokens=4),
+  }
+  resolved = config.resolve(c)
+  opened = stores.open_stores(resolved)
+  step = loop.make_step(resolved, opened)
+  make = jax.jit(lambda key: t5.Model(step.student_config, key))
+  student, teacher = make(jax.random.key(0)), make(jax.random.key(1))
+  batch = jax.tree.map(jnp.asarray, next(stores.batches(resolved, opened)))
+  _, metrics = jax.jit(step)(step.init(student), batch, {"teacher": teacher})
+  tapped = jax.jit(lambda m: m(batch.inputs, step.student, (0,)).taps_PBTD[0])
+  s, t = (np.asarray(tapped(m), np.float64) for m in (student, teacher))
+  mask = np.asarray(batch.mask_BT)
+  want = np.mean((np.sum((s - t) ** 2, -1) / np.sum(t**2, -1))[mask])
+  assert metrics["hidden"] == pytest.approx(want, rel=1e-6)  # float32
+  assert 0 < mask.sum() < mask.size
+  assert metrics["relations"] > 0 and metrics["relational"] > 0
 
 
 def test_generate_writes_pairs_in_the_format_of_the_task(tmp_path):

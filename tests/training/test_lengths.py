@@ -40,8 +40,9 @@ def test_documents_have_the_same_loss_and_gradient_in_rows_of_any_length():
   # Sums in float32 in another order.
   assert metrics["loss"] == pytest.approx(other["loss"], rel=1e-6)
   assert metrics["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+  # Adam divides by the gradient's size, so that rounding counts most where it is small.
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, other_state.params
+    lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), state.params, other_state.params
   )
 
 

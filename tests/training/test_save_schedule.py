@@ -53,9 +53,11 @@ def test_by_steps_and_at_the_end():
 
 def test_negative_intervals_are_refused():
   with pytest.raises(InputError, match="train.checkpoint_minutes is -1"):
-    SaveSchedule(TrainOptions(checkpoint_minutes=-1), 0)
+    TrainOptions(checkpoint_minutes=-1)
   with pytest.raises(InputError, match="train.checkpoint_every is -5"):
-    SaveSchedule(TrainOptions(checkpoint_every=-5), 0)
+    TrainOptions(checkpoint_every=-5)
+  with pytest.raises(InputError, match="train.keep is 0; expected at least 1"):
+    TrainOptions(keep=0)  # all checkpoints would be deleted
 
 
 CLOCKS = """

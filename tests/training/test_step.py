@@ -202,6 +202,28 @@ def test_plateau_halves_the_rate():
   np.testing.assert_allclose(sizes, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125], rtol=1e-6)
 
 
+def test_the_logged_rate_is_the_one_of_the_plateau():
+  tx = optim.optimizer(config.OptimOptions(plateau_patience=1, weight_decay=0.0))
+  step = make_step(optimizer=tx, learning_rate=lambda _: jnp.ones(()))
+  state, _ = run(step, batches=[make_batch(0)])
+  (plateau,) = [s for s in state.opt if hasattr(s, "plateau_count")]
+  lower = plateau._replace(best_value=jnp.full_like(plateau.best_value, -1.0))  # never improves
+  stuck = state.replace(opt=tuple(lower if s is plateau else s for s in state.opt))
+  after, metrics = jax.jit(step)(stuck, make_batch(1), {})
+  scale = next(s.scale for s in after.opt if hasattr(s, "plateau_count"))
+  assert metrics["learning_rate"] == scale == 0.5
+
+
+def test_gradients_are_not_clipped_at_norm_0():
+  g = {"w": jnp.full((2, 2), 1e3)}
+  updates = []
+  for clip in (0.0, 1e9):
+    tx = optim.optimizer(config.OptimOptions(clip_norm=clip))
+    updates.append(tx.update(g, tx.init(g), g, value=1.0)[0]["w"])
+  np.testing.assert_array_equal(*updates)
+  assert updates[0][0, 0] > 0.9
+
+
 def test_the_second_moment_of_bfloat16_parameters_follows_the_gradient():
   """In bfloat16, it would neither reach the squared gradient nor fall again."""
   tx = optim.optimizer(config.OptimOptions(b2=0.999, clip_norm=1e9))

@@ -11,9 +11,10 @@ from tiny_run import train
 from distill_jax import config
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
-from distill_jax.losses import DenseTargets, kd, mixture
+from distill_jax.losses import DenseTargets, TopKTargets, kd, mixture
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.store import open_store
+from distill_jax.training import token_metrics
 from distill_jax.training.metric_writer import read_metrics
 from distill_jax.types import Batch, Inputs
 
@@ -175,6 +176,50 @@ def test_training_on_a_recorded_and_an_online_teacher(folder):
   row = read_metrics(folder / "mixed")[0]
   for name in ("teacher_ce", "teacher_entropy"):  # float16 in the records
     assert row[f"{name}/here"] == pytest.approx(row[f"{name}/teacher"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"max_position_embeddings": 16},
+      "sequences of 32, but the online teacher 'teacher' .* 16 pos",
+    ),
+    ({"vocab_size": 100}, "has 256 tokens .* the online teacher 'teacher' has 100 tokens"),
+  ],
+)
+def test_an_online_teacher_that_is_too_small_for_the_text_is_refused(
+  folder, changes, message, tmp_path
+):
+  """Ids and positions beyond its tables would be clamped."""
+  c = tiny.tiny(folder)
+  c.teacher.source, c.train.online = "", True
+  c.teacher.changes = changes
+  with pytest.raises(InputError, match=message):
+    train(c, tmp_path / "out")
+
+
+def test_metrics_of_a_teacher_leave_out_text_without_its_targets():
+  """A batch of text and of top-k records has zeros where the text lacks targets."""
+  rng = np.random.default_rng(0)
+  logp = jax.nn.log_softmax(rng.normal(size=(B, C, V)))[..., :3]
+  ids = np.broadcast_to(np.arange(3, dtype=np.int32), (B, C, 3))
+  entropy = np.ones((B, C), np.float32)
+  z = jnp.asarray(rng.normal(size=(B, C, V)), jnp.float32)
+
+  def means(rows, has_targets):
+    of = lambda x: jnp.asarray(x * has_targets[:, None, None].astype(x.dtype))
+    targets = TopKTargets(
+      ids_BTK=of(ids), logp_BTK=of(logp), entropy_BT=of(entropy[..., None])[..., 0]
+    )
+    tokens = jnp.zeros((B, C), jnp.int32)
+    batch = Batch(
+      Inputs.of(tokens), tokens, jnp.asarray(rows)[:, None] & (tokens == 0), {"t": targets}
+    )
+    return {k: float(m.value()) for k, m in token_metrics.means(z, batch).items() if "/" in k}
+
+  first = np.array([True, False])
+  assert means(np.array([True, True]), first) == means(first, np.array([True, True]))
 
 
 @pytest.mark.parametrize(
