@@ -168,6 +168,7 @@ def check_online(
 
 def _check_sizes(store: OneStore, name: str, teacher: ModelSource) -> None:
   """Raises InputError if an online teacher has too few tokens or positions for a text."""
+  assert not isinstance(store, RecordedTask)
   m, shape = store.manifest, teacher.text_config
   if m.vocab_size > shape.vocab_size or m.seq_len > shape.max_position_embeddings:
     raise InputError(
