@@ -259,7 +259,7 @@ def test_no_losses_and_no_weight(at, tmp_path, monkeypatch):
   assert "losses is {}; expected one loss or more" in at("train", "c.losses = {}", workdir="a")
   zero = "c.losses.soft.weight = 0.0; c.losses.hard.weight = 0.0"
   assert "The weights of all losses are 0" in at("train", zero, workdir="b")
-  taken = "c.losses.loss = config.loss('ce')"
+  taken = "from distill_jax import config; c.losses.loss = config.loss('ce')"
   error = at("train", taken, workdir="d")
   assert "The name of a loss is 'loss'; expected a name that no metric" in error
   hot = "c.losses.soft.temperature = 2.0"
