@@ -20,7 +20,7 @@ from distill_jax.training.step import Fixed
 
 
 def feature_config(folder):
-  """Returns a config with a teacher of 3 layers, a student of 2 of them, and all feature losses."""
+  """Returns a config with two models of 3 layers, and all feature losses."""
   c = tiny.tiny(folder)
   c.teacher.source = ""
   c.losses = {

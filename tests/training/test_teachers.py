@@ -199,7 +199,7 @@ def test_an_online_teacher_that_is_too_small_for_the_text_is_refused(
     train(c, tmp_path / "out")
 
 
-def test_metrics_of_a_teacher_leave_out_text_without_its_targets():
+def test_metrics_of_a_teacher_exclude_text_without_its_targets():
   """A batch of text and of top-k records has zeros where the text lacks targets."""
   rng = np.random.default_rng(0)
   logp = jax.nn.log_softmax(rng.normal(size=(B, C, V)))[..., :3]
