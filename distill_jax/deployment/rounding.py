@@ -19,7 +19,6 @@ from jax.sharding import Sharding
 from distill_jax.nn import grids, params, quantise
 from distill_jax.types import Model
 
-STACKED = ("layers", "encoder_layers")
 FLOATS = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
@@ -99,7 +98,7 @@ class Axes(NamedTuple):
 def _axes(v: nnx.Variable) -> Axes:
   """Returns the axes of a parameter, without that of layers."""
   meta = v.get_metadata()
-  return Axes(tuple(a for a in meta["axes"] if a not in STACKED), tuple(meta["out"]))
+  return Axes(tuple(a for a in meta["axes"] if a not in params.LAYERS), tuple(meta["out"]))
 
 
 def stored(x: jax.Array, width: Width, axes: Axes) -> jax.Array:

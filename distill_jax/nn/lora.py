@@ -99,7 +99,7 @@ def init(model: Model, spec: LoraOptions, key: jax.Array, at: str = "student.lor
 def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> LoraAdapter:
   """Initialises the adapter of one stacked weight."""
   meta, (inputs, outputs) = weight.get_metadata(), _linear_axes(weight)
-  sizes = dict(zip(meta["axes"], weight.shape, strict=True))
+  sizes, layers = dict(zip(meta["axes"], weight.shape, strict=True)), meta["axes"][0]
   input_dims, output_dims = (
     " ".join(f"{axis}:{sizes[axis]}" for axis in axes) for axes in (inputs, outputs)
   )
@@ -111,7 +111,7 @@ def _adapter(weight: nnx.Variable, spec: LoraOptions, key: jax.Array) -> LoraAda
     b = param(key, f"{rank} {output_dims}", f"{module}.lora_B.weight", out, init="zeros")
     return {"a": a, "b": b}
 
-  stacked = params.stack(sizes["layers"], of_layer, key, first=meta["first"])
+  stacked = params.stack(sizes[layers], of_layer, key, axis=layers, first=meta["first"])
   return LoraAdapter(**stacked, scale=spec.alpha / spec.rank)
 
 
@@ -169,7 +169,7 @@ def _check_rank(path: str, weight: nnx.Variable, rank: int, at: str) -> None:
 def _linear_axes(weight: nnx.Variable) -> tuple[list[str], tuple[str, ...]]:
   """Returns the (input, output) axes of a linear weight, without the layers."""
   meta = weight.get_metadata()
-  return [a for a in meta["axes"] if a not in ("layers", *meta["out"])], meta["out"]
+  return [a for a in meta["axes"] if a not in (*params.LAYERS, *meta["out"])], meta["out"]
 
 
 def _module(weight: nnx.Variable) -> str:
@@ -183,7 +183,8 @@ def _last_name(weight: nnx.Variable) -> str:
 
 
 def _is_linear(v: nnx.Variable) -> bool:
-  return "layers" in v.get_metadata()["axes"] and bool(v.get_metadata()["out"])
+  axes, out = v.get_metadata()["axes"], v.get_metadata()["out"]
+  return bool(out) and not set(params.LAYERS).isdisjoint(axes)
 
 
 def _is_routed(v: nnx.Variable) -> bool:

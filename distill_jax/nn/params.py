@@ -31,6 +31,8 @@ from jax.tree_util import KeyPath
 
 from distill_jax.types import PyTree, Tree
 
+LAYERS = ("layers", "encoder_layers")  # axes along which `stack` puts the layers of a model
+
 
 def param(
   key: jax.Array,

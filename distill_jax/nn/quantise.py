@@ -34,7 +34,7 @@ class QuantiseOptions:
 
 
 UNROUNDED = QuantiseOptions()
-LOOPS = ("layers", "encoder_layers", "experts")  # axes along which weights are separate tensors
+LOOPS = (*params.LAYERS, "experts")  # axes along which weights are separate tensors
 
 
 def check(spec: QuantiseOptions, model: Model) -> None:

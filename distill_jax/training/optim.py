@@ -58,7 +58,7 @@ def decay_mask(tree: PyTree) -> PyTree:
 
   def mask(v: PyTree) -> PyTree:
     axes = v.get_metadata()["axes"] if params.is_param(v) else v.shape
-    wide = sum(a not in ("layers", "encoder_layers", "experts", "one") for a in axes) > 1
+    wide = sum(a not in (*params.LAYERS, "experts", "one") for a in axes) > 1
     return jax.tree.map(lambda _: wide and "bias" not in axes, v)
 
   return params.map_params(mask, tree)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import seq2seq_pairs
 import slow
 import steps as training_steps
 
@@ -98,6 +99,30 @@ def test_logits_and_gradients_match_peft(family, tmp_path):
   assert got.keys() == want.keys()
   worst = max((parity.error(got[n], want[n]), n) for n in want)
   assert worst[0] < parity.GRADIENT, worst
+
+
+@pytest.mark.parametrize("kind", slow.all_but(("whisper",), ("t5", "marian", "whisper")))
+def test_encoders_have_adapters_as_in_peft(kind, tmp_path):
+  """A target names the layers of the encoder and of the decoder, and attention to the source."""
+  _, theirs, _, base = seq2seq_pairs.open_pair(kind, tmp_path)
+  targets = ("q", "v") if kind == "t5" else ("q_proj", "fc1")
+  spec = LoraOptions(rank=3, alpha=4.0, targets=targets)
+  options = peft.LoraConfig(r=3, lora_alpha=4.0, target_modules=list(targets))
+  theirs = peft.get_peft_model(theirs, options).eval()
+  adapters = random_adapters(base, spec)
+  stored = as_stored(adapters)
+  state = peft.get_peft_model_state_dict(theirs)
+  assert any("encoder" in name for name in stored)
+  assert {n: x.shape for n, x in stored.items()} == {n: tuple(x.shape) for n, x in state.items()}
+  given = {n: torch.from_numpy(x.copy()) for n, x in stored.items()}
+  peft.set_peft_model_state_dict(theirs, given)
+  ours, theirs_inputs, _, _ = seq2seq_pairs.examples(kind)
+  with torch.no_grad():
+    want = theirs(**theirs_inputs).logits
+  got = seq2seq_pairs.logits(lora.with_adapters(base, adapters), ours)
+  assert parity.error(got, want) < parity.FORWARD
+  merged = jax.jit(lora.merge_adapters)(base, adapters)
+  assert parity.error(seq2seq_pairs.logits(merged, ours), want) < parity.FORWARD
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
