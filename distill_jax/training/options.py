@@ -132,7 +132,7 @@ class TrainOptions:
   def __post_init__(self) -> None:
     if self.keep < 1:
       raise bad_value("train.keep", self.keep, "at least 1", "Raise it")
-    for name in ("checkpoint_minutes", "checkpoint_every", "keep_every", "eval_every", "patience"):
+    for name in ("checkpoint_minutes", "checkpoint_every", "keep_every"):
       if (value := getattr(self, name)) < 0:
         raise bad_value(f"train.{name}", value, "a positive number, or 0", "Correct it")
     if not all(0 < weight < math.inf for weight in self.mixture):
