@@ -43,7 +43,7 @@ def svg(title: str, values: Mapping[str, Sequence[float]]) -> str:
       f'<circle cx="{x_of(x):.1f}" cy="{y}" r="4" fill="#3b82f6" fill-opacity=".6"/>' for x in row
     ]
     parts.append(f'<path d="M{x_of(mean):.1f} {y - 8}v16" stroke="#ef6c00" stroke-width="2"/>')
-    parts.append(text(LEFT + WIDTH + 12, y + 4, "start", f"{mean:.3f}"))
+    parts.append(text(LEFT + WIDTH + 12, y + 4, "start", f"{mean:.4g}"))
   size = f'width="{LEFT + WIDTH + RIGHT}" height="{bottom + 26}"'
   font = 'font-family="sans-serif" font-size="13" fill="#888"'
   return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(parts)}</svg>\n'
