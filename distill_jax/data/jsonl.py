@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from distill_jax.errors import InputError
 from distill_jax.runtime import files as file_io
@@ -20,6 +23,9 @@ if TYPE_CHECKING:  # the workers of `pack` must not import jax
   from distill_jax.types import JsonObject
 
 
+GZIP = ".gz"  # the end of the names of compressed files
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
   """One line of a file.
@@ -28,7 +34,7 @@ class Line:
     raw: The line's bytes, including the line end.
     file: The file's path or URL.
     number: The line's number in the file, from 1.
-    offset: The offset of the line's first byte in the file.
+    offset: The offset of the line's first byte in the file, of a compressed one in its contents.
   """
 
   raw: bytes
@@ -73,8 +79,30 @@ def read_lines(*files: str | os.PathLike[str], skip_bom: bool = False) -> Iterat
     InputError: If a file does not exist or cannot be read.
   """
   for file in files:
-    with file_io.open_read(file) as stream:
+    with open_file(file) as stream:
       yield from split_lines(stream, file, skip_bom=skip_bom)
+
+
+@contextlib.contextmanager
+def open_file(file: str | os.PathLike[str]) -> Iterator[BinaryIO | gzip.GzipFile]:
+  """A context manager that yields the contents of a file, unpacked if its name ends in ".gz".
+
+  Args:
+    file: The path or URL of the file. A compressed one is read from its start at every `seek`.
+
+  Raises:
+    InputError: If the file does not exist or cannot be read.
+  """
+  with file_io.open_read(file) as stream:
+    if not str(file).endswith(GZIP):
+      yield stream
+      return
+    try:
+      with gzip.open(stream) as unpacked:
+        yield unpacked
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+      reason = str(e).rstrip(".")
+      raise InputError(f"{file} is not a whole gzip file ({reason}). Copy it again.") from e
 
 
 def split_lines(
@@ -104,18 +132,24 @@ def split_lines(
 def find_files(path: str, suffix: str) -> dict[str, FileInfo]:
   """Returns the named file, or the files with a suffix that are directly in the named folder.
 
+  Files whose names end in the suffix and ".gz" are included, except for ".txt".
+
   Args:
     path: The path or URL of a file or folder.
     suffix: The suffix of the files in a folder, e.g. ".jsonl".
 
   Raises:
-    InputError: If the path does not exist, or the folder has no such files.
+    InputError: If the path does not exist, or the folder has no such files, or a file twice.
   """
   if (one := file_io.info(path)) is not None:
     return {path: one}
-  if found := file_io.listing(path, f"*{suffix}"):
+  suffixes = (suffix,) if suffix == ".txt" else (suffix, suffix + GZIP)
+  listed = file_io.listing(path)
+  if found := {name: info for name, info in listed.items() if name.endswith(suffixes)}:
+    if twice := [name for name in found if name + GZIP in found]:
+      raise InputError(f"{path} holds {twice[0]} and {twice[0]}{GZIP}. Remove one of them.")
     return {file_io.join(path, name): info for name, info in found.items()}
-  if file_io.listing(path) or (not file_io.is_remote(path) and Path(path).is_dir()):
+  if listed or (not file_io.is_remote(path) and Path(path).is_dir()):
     raise InputError(f"{path} is a folder without {suffix} files. Name another folder.")
   raise InputError(f"{path} does not exist. Name a {suffix} file or a folder of them.")
 

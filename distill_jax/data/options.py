@@ -18,8 +18,8 @@ class DataOptions:
   (Python's language reference, which every Python installation contains)."""
   path: str = ""
   """File or folder of the corpus, as a path or URL; "" for "pydoc". Of a folder, the files directly
-  in it are read. For "tfds", a prepared dataset's folder, DATA_DIR/NAME[:VERSION], or the NAME of a
-  dataset in TFDS's default folder."""
+  in it are read, of JSON lines also compressed ones (.jsonl.gz). For "tfds", a prepared dataset's
+  folder, DATA_DIR/NAME[:VERSION], or the NAME of a dataset in TFDS's default folder."""
   packed: str = ""
   """Store that `pack` made of the corpus, as a path or URL, whose rows `record` reads by index. "":
   `record` first packs the corpus into WORKDIR/packed. Held-out rows are in its folder `heldout`."""

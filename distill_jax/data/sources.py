@@ -38,9 +38,10 @@ class DocumentSource:
     kind: The format:
       "pydoc": Python's language reference, from the running CPython; each topic is a document.
       "text": A UTF-8 file, or a folder of .txt files; each file is a document.
-      "jsonl": A .jsonl file or a folder of them; each line is a JSON object with a text.
-      "chat": A .jsonl file or a folder of them; each line is a chat (chat_dataset.py), and a
-        document is the raw line.
+      "jsonl": A .jsonl or .jsonl.gz file or a folder of them; each line is a JSON object with a
+        text.
+      "chat": A .jsonl or .jsonl.gz file or a folder of them; each line is a chat (chat_dataset.py),
+        and a document is the raw line.
       "tfds": A TFDS dataset in array_record format.
     path: The path or URL of the file or folder; "" for "pydoc". For "tfds", a prepared folder (with
       dataset_info.json), DATA_DIR/NAME[:VERSION], or a NAME in TFDS's default folder; of URLs, only
@@ -255,7 +256,7 @@ def _text_blocks(found: Mapping[str, FileInfo], first: int) -> Iterator[Block]:
 def _line_blocks(file: str, start: Place) -> Iterator[Block]:
   """Yields blocks of whole lines of one file."""
   index, offset, line = start
-  with files.open_read(file) as stream:
+  with jsonl.open_file(file) as stream:
     stream.seek(offset)
     while raw := stream.read(BLOCK_BYTES):
       raw += stream.readline()

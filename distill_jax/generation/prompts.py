@@ -165,6 +165,9 @@ def _files(job: GenerationJob) -> list[str]:
       f"a template that contains {PLACEHOLDER}",
       f"Add {PLACEHOLDER} to it",
     )
+  if job.prompts.endswith(jsonl.GZIP):
+    expected = "a file that is not compressed, because lines are read by their places"
+    raise bad_value("generate.prompts", job.prompts, expected, "Unpack it")
   if job.prompts and files.info(job.prompts) is not None:
     return [job.prompts]
   found = files.listing(job.prompts) if job.prompts else {}

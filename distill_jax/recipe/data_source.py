@@ -69,7 +69,7 @@ def find(given: str) -> FoundData:
     return FoundData("pydoc", "", "text", "The data is Python's own language reference.")
   if not found and (files.is_remote(path) or not Path(path).is_dir()):
     raise _refused(repr(given), "Check the path")
-  if lines := {p: size for p, size in found.items() if p.endswith(".jsonl")}:
+  if lines := {p: size for p, size in found.items() if p.endswith((".jsonl", ".jsonl.gz"))}:
     return _find_lines(path, "", lines)
   texts = {p: size for p, size in found.items() if PurePosixPath(p).suffix in TEXT_SUFFIXES}
   if not texts:
@@ -98,7 +98,7 @@ def _refused(found: str, action: str, expected: str = EXPECTED) -> InputError:
 
 def _is_jsonl(path: str) -> bool:
   """Returns whether a file has a JSON object on its first line; refuses other JSON."""
-  if path.endswith(".jsonl"):
+  if path.endswith((".jsonl", ".jsonl.gz")):
     return True
   if not path.endswith(".json"):
     return False

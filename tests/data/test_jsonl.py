@@ -1,5 +1,6 @@
 """JSON lines are read with their places; unusable input stops a run or is skipped and counted."""
 
+import gzip
 import json
 
 import pytest
@@ -23,6 +24,32 @@ def test_errors_name_the_file_and_line(tmp_path):
     lines[1].object()
   with pytest.raises(InputError, match=r"a, line 5 is a JSON list; .*\. Correct the line\."):
     lines[2].object()
+
+
+def test_compressed_files_are_read_like_others(tmp_path):
+  text = b'{"a": 1}\n' * 3
+  (tmp_path / "a.jsonl").write_bytes(text)
+  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
+  found = jsonl.find_files(str(tmp_path), ".jsonl")
+  assert [name.rpartition("/")[2] for name in found] == ["a.jsonl", "b.jsonl.gz"]
+  plain, packed = ([(x.raw, x.number, x.offset) for x in jsonl.read_lines(file)] for file in found)
+  assert plain == packed
+  with jsonl.open_file(tmp_path / "b.jsonl.gz") as stream:
+    stream.seek(9)
+    assert stream.read() == text[9:]
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+  with pytest.raises(InputError, match=r"holds a\.jsonl and a\.jsonl\.gz\. Remove one"):
+    jsonl.find_files(str(tmp_path), ".jsonl")
+
+
+@pytest.mark.parametrize(
+  "damaged",
+  [gzip.compress(b"{}\n" * 999)[:-9], b"{}\n", gzip.compress(b"{}\n" * 99)[:-8] + b"x" * 8],
+)
+def test_a_damaged_compressed_file_is_refused(tmp_path, damaged):
+  (tmp_path / "x.jsonl.gz").write_bytes(damaged)
+  with pytest.raises(InputError, match=r"x\.jsonl\.gz is not a whole gzip file"):
+    list(jsonl.read_lines(tmp_path / "x.jsonl.gz"))
 
 
 def test_skip_bom_skips_a_byte_order_mark(tmp_path):

@@ -1,5 +1,6 @@
 """Document sources read all kinds of corpora and split them by content."""
 
+import gzip
 import hashlib
 import json
 
@@ -41,6 +42,19 @@ def test_jsonl_equals_text(folder, jsonl):
   for split in ("train", "heldout"):
     ours = list(documents(DocumentSource("jsonl", str(jsonl), split)))
     assert ours == list(documents(DocumentSource("text", str(folder), split)))
+
+
+def test_blocks_of_a_compressed_file_are_those_of_the_file(jsonl, monkeypatch):
+  """Reading can begin at each block, as after a stop."""
+  monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+  packed = jsonl.with_suffix(".jsonl.gz")
+  packed.write_bytes(gzip.compress(jsonl.read_bytes()))
+  plain, ours = (DocumentSource("jsonl", str(file)) for file in (jsonl, packed))
+  want = [(b.place, b.content) for b in sources.blocks(plain)]
+  assert [(b.place, b.content) for b in sources.blocks(ours)] == want and len(want) > 5
+  later = next(sources.blocks(ours, want[3][0]))
+  assert (later.place, later.content) == want[3]
+  assert list(documents(ours)) == list(documents(plain))
 
 
 def test_splits_are_a_partition_by_content(jsonl):
