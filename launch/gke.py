@@ -6,8 +6,9 @@
 
 launch/Dockerfile builds the image: distill-jax on its PATH and this repository as its working
 folder. --queue is a Kueue queue; clusters created by xpk have multislice-queue. A pod that is
-preempted or exits with code 75 is started again and resumes from its last checkpoint. Exit code 2
-ends the JobSet. If the name is in use, first run `kubectl delete jobset NAME`.
+preempted or exits with code 75 is started again and resumes from its last checkpoint, without a
+limit: Kubernetes only waits longer each time. Exit code 2 ends the JobSet, and so does `kubectl
+delete jobset NAME`, which also frees a name that is in use.
 
 The workdir and everything that the command reads must be at URLs, which is checked (--shared_disk
 skips the check). --secret names a Kubernetes secret, whose entries become environment variables,
@@ -26,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from distill_jax import cli
+from distill_jax import cli, flags
 from distill_jax.errors import InputError, bad_value
 from distill_jax.preflight import addresses, chips
 
@@ -146,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.error(str(bad_value("--max_restarts", args.max_restarts, "at least 0", "Correct it")))
   try:
     if not args.shared_disk:
-      addresses.check(args.verb, cli.parse(["distill-jax", *args.verb[1:]]), ROOT)
+      config = cli.parse(["distill-jax", *args.verb[1:]])
+      addresses.check(args.verb[0], flags.WORKDIR.value or "", config, ROOT)
     jobset = render(args)
   except InputError as error:
     parser.error(str(error))

@@ -4,20 +4,20 @@
       [--num_slices=2] [--project=P] [--keep] [--dry_run] -- \\
       train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
 
-`up` creates the slices, installs the last commit on all hosts, runs the command on them, downloads
-their logs to logs/NAME/ and deletes the slices (unless --keep is set). Preempted slices are created
-again, and the command resumes from its last checkpoint. So the workdir and everything that the
-command reads must be at URLs, which is checked (--shared_disk skips the check). After any other
-failure, `up` prints the end of the log and stops; if the run had made progress, the slices are
-kept. The run continues without the launcher: Ctrl-C stops only the launcher, `up` waits for the run
-again, and `delete` ends it. The steps can be run one by one: create, install, run, logs, delete.
-TPU7x does not have queued resources; use launch/gke.py.
+`up` creates the slices, installs the last commit on all hosts, runs the command on them, writes
+the log of each slice to logs/NAME/SLICE.log and deletes the slices (unless --keep is set).
+Preempted slices are created again, and the command resumes from its last checkpoint. So the workdir
+and everything that the command reads must be at URLs, which is checked (--shared_disk skips the
+check). After exit code 75 the command is run again, unless it ends so three times in a row within
+20 minutes each. After any other failure `up` stops; if the run had made progress, or its logs do
+not come back, the slices are kept. The run continues without the launcher: Ctrl-C stops only the
+launcher, `up` waits for the run again, and `delete` ends it. The steps can be run one by one:
+create, install, run, logs, delete. TPU7x does not have queued resources; use launch/gke.py.
 
 --env=HF_TOKEN passes an environment variable of this machine to the hosts, in a file that only the
 user can read. Hosts read the object store with the service account of the slice
 (--service_account), so that no credentials are copied. Models, records and checkpoints are streamed
-from the store and to it, so the boot disk of 100 GB only holds the image and the packages;
---boot_disk sets another size.
+from the store and to it, so the boot disk of 100 GB only holds the image and the packages.
 """
 
 from __future__ import annotations
@@ -29,24 +29,20 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from distill_jax import cli
+from tpu_commands import ENDED, ENVIRONMENT, ROOT, RUNTIMES, gcloud, plan, slices, write_environment
+
+from distill_jax import cli, flags
 from distill_jax.errors import InputError, bad_value
 from distill_jax.preflight import addresses, chips
 
-ROOT = Path(__file__).parent.parent
 TRIES = 3  # attempts of commands that depend on the network
 LOST_CONNECTION = 255  # exit code of ssh
-# The images of chips with queued resources (cloud.google.com/tpu/docs/runtimes).
-RUNTIMES = {
-  "v4": "tpu-ubuntu2204-base",
-  "v5e": "v2-alpha-tpuv5-lite",
-  "v5p": "v2-alpha-tpuv5",
-  "v6e": "v2-alpha-tpuv6e",
-}
+UNREACHABLE_SECONDS = 5 * 60  # connections lost sooner than this, TRIES in a row, end the launcher
+SHORT_SECONDS = 20 * 60  # so do runs that stop with exit code 75 sooner than this
 # Temporary states of a queued resource or a node.
 WAITING = {
   "CREATING",
@@ -59,108 +55,25 @@ WAITING = {
   "REPAIRING",
 }
 
-# All hosts at once, because they wait for each other; the default of gcloud is 64 at a time.
-EVERYWHERE = ("--node=all", "--worker=all", "--batch-size=all")
-
-# Remote scripts get their values as "$1" and "$@", so that a value is never run as code.
-INSTALL = (
-  'test -e "$1/.installed" || { tar -xzf "$1.tar.gz" && cd "$1" && sudo apt-get $3 update -q && '
-  'sudo apt-get $3 install -qy "$2-venv" && "$2" -m venv .venv && '
-  '.venv/bin/pip install -q -c tools/constraints.txt ".[all,gcs,s3,tpu]" && touch .installed; }'
-)
-# After the first boot, unattended upgrades hold the lock of apt for minutes.
-APT = "-o DPkg::Lock::Timeout=600"
-# The lock: after a lost connection, the second command waits for the end of the first.
-RUN = (
-  "trap '' HUP && exec 9>distill.lock && flock 9 && ulimit -n \"$(ulimit -Hn)\" && "
-  'if [ -f distill.env ]; then . ./distill.env; fi && cd "$1" && shift && set -o pipefail && '
-  '.venv/bin/distill-jax "$@" --distributed=auto 2>&1 | tee -ap ../distill.log'
-)
-ENVIRONMENT = "distill.env"  # file on the hosts with the variables of --env
 # Progress lines begin with the verb and a number of units (distill_jax/runtime/progress.py).
-PROGRESSED = 'grep -Eq "^[a-z]+ +[0-9,]*[1-9][0-9,]*/" distill.log'
-
-
-def gcloud(args: argparse.Namespace, *words: str) -> list[str]:
-  """Returns a gcloud command for TPUs."""
-  project = [f"--project={args.project}"] if args.project else []
-  return ["gcloud", "compute", "tpus", *words, f"--zone={args.zone}", *project]
-
-
-def ssh(args: argparse.Namespace, script: str, *values: str, more: tuple[str, ...] = ()):
-  """Returns the command that runs a script on all hosts of all slices at once."""
-  command = f"--command={shlex.join(['bash', '-c', script, 'bash', *values])}"
-  return gcloud(args, "queued-resources", "ssh", args.name, *EVERYWHERE, command, *more)
-
-
-def create(args: argparse.Namespace) -> list[str]:
-  """Returns the command that creates the slices."""
-  chip, count = chips.parse(args.topology)
-  what = [f"--type={chip.name}", f"--topology={args.topology.partition(':')[2]}"]
-  if chip.name in ("v5e", "v6e"):  # the number of chips determines the shape
-    what = [f"--accelerator-type={'v5litepod' if chip.name == 'v5e' else chip.name}-{count}"]
-  what += [f"--runtime-version={args.runtime or RUNTIMES[chip.name]}"]
-  what += (
-    [f"--node-id={args.name}"]
-    if args.num_slices == 1
-    else [f"--node-count={args.num_slices}", f"--node-prefix={args.name}"]
-  )
-  what += ["--spot"] * args.spot
-  if args.boot_disk:
-    what += [f"--boot-disk=disk-size={args.boot_disk}"]
-  if args.service_account:
-    what += [f"--service-account={args.service_account}"]
-  return gcloud(args, "queued-resources", "create", args.name, *what)
-
-
-def environment_file(args: argparse.Namespace) -> Path:
-  """Returns the local path of the script that sets the variables of --env."""
-  return Path(tempfile.gettempdir()) / f".{args.name}.{os.getpid()}.env"
-
-
-def write_environment(args: argparse.Namespace) -> Path:
-  """Writes the variables of --env as a shell script that only this user can read."""
-  path = environment_file(args)
-  path.touch(mode=0o600)
-  path.write_text("".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in args.env))
-  return path
-
-
-def plan(args: argparse.Namespace) -> dict[str, list[list[str]]]:
-  """Returns the commands of each step."""
-  git = ["git", "-C", str(ROOT)]
-  commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-  folder = f"distill_jax-{commit.stdout[:12]}"
-  archive = f"{tempfile.gettempdir()}/{folder}.tar.gz"
-  logs = f"logs/{args.name}"
-  fetch = ssh(args, "cat distill.log", more=(f"--output-directory={logs}",))
-  environment = str(environment_file(args))
-
-  def copy(source: str, target: str = "") -> list[str]:
-    return gcloud(args, "queued-resources", "scp", source, f"{args.name}:{target}", *EVERYWHERE)
-
-  return {
-    "create": [create(args)],
-    "install": [
-      [*git, "archive", f"--prefix={folder}/", f"--output={archive}", "HEAD"],
-      copy(archive),
-      *([copy(environment, ENVIRONMENT)] if args.env else []),
-      ssh(args, INSTALL, folder, args.python, APT),
-    ],
-    "run": [ssh(args, RUN, folder, *args.verb)],
-    "logs": [["mkdir", "-p", logs], fetch],
-    "delete": [gcloud(args, "queued-resources", "delete", args.name, "--force", "--quiet")],
-  }
+PROGRESSED = re.compile(r"^\S+: [a-z_]+ +[0-9,]*[1-9][0-9,]*/", re.MULTILINE)
 
 
 def call(line: list[str], capture: bool = False) -> subprocess.CompletedProcess:
-  return subprocess.run(line, stdout=subprocess.PIPE if capture else None, text=True)
+  stdout = subprocess.PIPE if capture else None
+  return subprocess.run(line, stdout=stdout, text=True, errors="replace")
+
+
+def tries(args: argparse.Namespace) -> Iterator[None]:
+  """Yields TRIES times, with pauses between."""
+  for i in range(TRIES):
+    time.sleep(args.poll if i else 0)
+    yield
 
 
 def sure(args: argparse.Namespace, line: list[str], capture: bool = False) -> str:
   """Runs a command, with retries, and returns its output; exits if it keeps failing."""
-  for i in range(TRIES):
-    time.sleep(args.poll if i else 0)
+  for _ in tries(args):
     if not (done := call(line, capture)).returncode:
       return done.stdout
   sys.exit(
@@ -183,69 +96,134 @@ def state(args: argparse.Namespace) -> str:
     return "ABSENT"
   states = {found["state"]}
   if states == {"ACTIVE"}:
-    many = args.num_slices > 1
-    names = [f"{args.name}-{i}" for i in range(args.num_slices)] if many else [args.name]
     nodes = listing("tpu-vm")
-    states = {nodes.get(name, "missing") for name in names}
+    states = {nodes.get(name, "missing") for name in slices(args)}
   return "ACTIVE" if states == {"READY"} else "WAITING" if states <= WAITING | {"READY"} else "LOST"
 
 
 def bring_up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> None:
   """Waits until all slices are ready. Lost slices are deleted and created again."""
-  created = 0
+  created = code = 0
   while (now := state(args)) != "ACTIVE":
     print(f"{args.name} is {now}", file=sys.stderr, flush=True)
     if now == "LOST":
       sure(args, steps["delete"][0])
     elif now == "ABSENT" and created == TRIES:
-      sys.exit(
-        f"error: {args.name} was created {TRIES} times but was never ready. See the output of "
-        "gcloud above."
-      )
+      why = f"could not be created: gcloud exited with code {code}"
+      never = f"was created {TRIES} times but was never ready"
+      sys.exit(f"error: {args.name} {why if code else never}. See the output of gcloud above.")
     elif now == "ABSENT":
       created += 1
-      call(steps["create"][0])
+      code = call(steps["create"][0]).returncode
     time.sleep(args.poll)
+
+
+def install(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> bool:
+  """Installs the commit on all hosts; returns True if all slices confirm it."""
+  if any(call(line).returncode for line in steps["install"]):
+    return False
+  checks = [call(line, capture=True) for line in steps["check"]]
+  return all(done.stdout and not done.returncode for done in checks)
+
+
+def prepare(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> None:
+  """Waits until all slices are ready, and installs the commit on their hosts."""
+  for _ in tries(args):
+    bring_up(args, steps)
+    if install(args, steps):
+      return
+  sys.exit(
+    f"error: The installation on {args.name} keeps failing. The slices exist and cost money until "
+    "you run `delete`."
+  )
+
+
+def run(line: list[str]) -> int:
+  """Runs the command on the hosts and prints its output.
+
+  Returns:
+    The exit code, or LOST_CONNECTION if no host reports that the command has ended.
+  """
+  has_ended = False
+  with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+    assert process.stdout is not None
+    for text in process.stdout:
+      print(text, end="", flush=True)
+      has_ended |= ENDED in text
+  return process.returncode if has_ended else LOST_CONNECTION
+
+
+def fetch(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> list[str]:
+  """Writes the log of each slice to logs/NAME/SLICE.log, with the name of the host in each line.
+
+  Returns:
+    The log of each slice; "" for a slice of which a host cannot be reached.
+  """
+  folder = Path("logs", args.name)
+  folder.mkdir(parents=True, exist_ok=True)
+  logs = []
+  for node, line in zip(slices(args), steps["logs"], strict=True):
+    for _ in tries(args):
+      done = call(line, capture=True)
+      if done.stdout:
+        (folder / f"{node}.log").write_text(done.stdout)
+      if complete := done.stdout and not done.returncode:
+        break
+    logs.append(done.stdout if complete else "")
+  return logs
 
 
 def up(args: argparse.Namespace, steps: dict[str, list[list[str]]]) -> int:
   """Runs all steps, again after each preemption; returns the exit code of the command."""
-  lost = 0
+  lost = short = 0  # in a row
   while True:
-    bring_up(args, steps)
-    for line in steps["install"]:
-      sure(args, line)
+    prepare(args, steps)
     began = time.monotonic()
-    code = call(steps["run"][0]).returncode
+    code = run(steps["run"][0])
     if code == 0:
       break
-    if code == os.EX_TEMPFAIL:
-      continue
+    seconds = time.monotonic() - began
     time.sleep(args.poll)  # a preempted machine loses its connections before its state changes
     if state(args) != "ACTIVE":
+      lost = short = 0
       continue
-    if code != LOST_CONNECTION:
-      call(ssh(args, "hostname; tail -n 50 distill.log"))
-      print(f"error: {args.verb[0]} exited with code {code}. Its log is above.", file=sys.stderr)
-      if call(ssh(args, PROGRESSED)).returncode == 0:
-        print(
-          f"{args.name} is kept, because the run had made progress. It costs money until you run "
-          "`up` again after a correction, or `delete`.",
-          file=sys.stderr,
-        )
-        args.keep = True
-      break
-    lost = lost + 1 if time.monotonic() - began < 10 * args.poll else 0
+    lost = lost + 1 if code == LOST_CONNECTION and seconds < UNREACHABLE_SECONDS else 0
+    short = short + 1 if code == os.EX_TEMPFAIL and seconds < SHORT_SECONDS else 0
     if lost == TRIES:
       sys.exit(
         f"error: {args.name} cannot be reached. It still exists and costs money, and the command "
         "may still be running. Run `up` again to wait for it, or `delete`."
       )
-  for line in steps["logs"]:
-    call(line)
+    if code not in (LOST_CONNECTION, os.EX_TEMPFAIL) or short == TRIES:
+      break
+  logs = fetch(args, steps)
+  if code:
+    minutes = SHORT_SECONDS // 60
+    often = f" {TRIES} times in a row, within {minutes} minutes each" if short else ""
+    print(
+      f"error: {args.verb[0]} exited with code {code}{often}. Its output is above and in "
+      f"logs/{args.name}.",
+      file=sys.stderr,
+    )
+    if why := reason_to_keep(logs):
+      print(
+        f"{args.name} is kept, because {why}. It costs money until you run `up` again after a "
+        "correction, or `delete`.",
+        file=sys.stderr,
+      )
+      args.keep = True
+  elif not all(logs):
+    print(f"The logs of {args.name} are incomplete.", file=sys.stderr)
   if not args.keep:
     sure(args, steps["delete"][0])
   return code
+
+
+def reason_to_keep(logs: list[str]) -> str:
+  """Returns why the slices of a failed run with these logs are not deleted; "" to delete them."""
+  if not all(logs):
+    return "its logs are incomplete"
+  return "the run had made progress" if any(map(PROGRESSED.search, logs)) else ""
 
 
 def name(text: str) -> str:
@@ -284,7 +262,6 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--num_slices", type=int, default=1)
   parser.add_argument("--project", type=name, help="default: the project of gcloud")
   parser.add_argument("--spot", action="store_true", help="cheaper, but can be preempted")
-  parser.add_argument("--boot_disk", type=int, help="size of the hosts' disk in GB; default: 100")
   parser.add_argument("--service_account", help="default: that of Compute Engine")
   parser.add_argument("--env", action="append", default=[], help="e.g. HF_TOKEN; may be repeated")
   parser.add_argument("--shared_disk", action="store_true", help="all hosts share local paths")
@@ -305,7 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.error(f"--env is {unset[0]}; expected a variable that is set here. Export it.")
   if args.step in ("up", "run") and not args.shared_disk:
     try:
-      addresses.check(args.verb, cli.parse(["distill-jax", *args.verb[1:]]), ROOT)
+      config = cli.parse(["distill-jax", *args.verb[1:]])
+      addresses.check(args.verb[0], flags.WORKDIR.value or "", config, ROOT)
     except InputError as error:
       parser.error(str(error))
   steps = plan(args)
@@ -319,7 +297,12 @@ def main(argv: list[str] | None = None) -> None:
   try:
     if args.step == "up":
       sys.exit(up(args, steps))
-    sys.exit(next((code for line in steps[args.step] if (code := call(line).returncode)), 0))
+    if args.step == "install":
+      sys.exit(0 if install(args, steps) else "error: Not all hosts confirm the installation.")
+    if args.step == "logs":
+      sys.exit(0 if all(fetch(args, steps)) else "error: Not all logs came back.")
+    line = steps[args.step][0]
+    sys.exit(run(line) if args.step == "run" else call(line).returncode)
   except KeyboardInterrupt:
     sys.exit(
       f"{args.name} still exists and costs money. Run `up` again to continue, or `delete` to end "

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from absl.flags import FLAGS
+
 ROOT = Path(__file__).parents[1]
 NASTY = [
   "a b",
@@ -46,12 +48,14 @@ def run(line, env=None, code=0, cwd=ROOT):
 
 def launcher(name):
   """A script's main(), called here as its command would be: a start of jax is slow."""
+  sys.path.append(str(ROOT / "launch"))  # as for a script
   spec = importlib.util.spec_from_file_location(name, ROOT / f"launch/{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
 
   def call(*flags, env=None, code=0, cwd=ROOT):
     out, err, ended = io.StringIO(), io.StringIO(), 0
+    FLAGS["workdir"].unparse()  # of an earlier call; a process has one command line
     with (
       contextlib.chdir(cwd),
       mock.patch("tempfile.tempdir", str(cwd)),  # where the archive goes

@@ -25,37 +25,39 @@ KEYS = {
   "teachers": {"on_policy", "train"},
   "student.source": {"distill", "evaluate", "on_policy", "retokenize", "train"},
   "data.path": _ON_TEXTS | {"evaluate"},
-  "data.packed": {"evaluate", "record"},
+  "data.packed": {"chain", "evaluate", "record"},
   "data.tokenizer": _ON_TEXTS | _TRAINING | {"evaluate", "export", "generate", "retokenize"},
   "records.logprobs": {"record"},
   "records.student_tokenizer": {"record"},
   "retarget.tokenizer": _TRAINING,
   "train.records": _TRAINING | {"shrink"},
-  "train.heldout": _TRAINING,
+  "train.heldout": _TRAINING | {"evaluate"},
   "train.teachers": _TRAINING,
   "train.heldout_teachers": _TRAINING,
   "generate.prompts": {"generate", "on_policy"},
   "generate.records_dir": {"generate"},
-  "evaluate.models": {"evaluate"},
-  "evaluate.prompts": {"evaluate"},
+  "evaluate.models": {"chain", "evaluate"},
+  "evaluate.prompts": {"chain", "evaluate"},
   "export.dir": {"chain", "export"},
   "export.evaluation": {"export"},
-  "export.deployment": {"export"},
+  "export.deployment": {"chain", "export"},
   "shrink.dir": {"shrink"},
   "retokenize.tokenizer": {"retokenize"},
   "retokenize.dir": {"retokenize"},
 }
 TASK_VERBS = {"distill", "evaluate", "generate", "record", "train"}
+_BENCHMARKING = {"chain", "evaluate"}
 
 
-def check(words: list[str], config: Config, root: Path) -> None:
+def check(verb: str, workdir: str, config: Config, root: Path) -> None:
   """Checks the addresses of a command.
 
   Addresses are URLs, names of models on the Hub, or files that the repository contains, which every
   host has.
 
   Args:
-    words: The verb and its flags.
+    verb: The command.
+    workdir: The value of --workdir; "" without it.
     config: The config of the command.
     root: The folder of the repository.
 
@@ -63,18 +65,19 @@ def check(words: list[str], config: Config, root: Path) -> None:
     InputError: The command reads or writes a file of this machine, or does not run on several
       hosts.
   """
-  verb = words[0]
   if verb in NOT_ON_PODS:
     raise InputError(f"{verb} does not use accelerators. {NOT_ON_PODS[verb]}.")
-  workdir = [word.partition("=")[2] for word in words if word.startswith("--workdir=")]
-  if workdir and "://" not in workdir[-1]:
+  if workdir and "://" not in workdir:
     expected = "a URL such as gs://BUCKET/FOLDER, which all hosts share"
-    raise bad_value("--workdir", workdir[-1], expected, _ACTION)
+    raise bad_value("--workdir", workdir, expected, _ACTION)
+  missing = "because the hosts do not have this machine's files"
   for key, address in _addresses(verb, config):
-    if not _is_on_hosts(address.removeprefix("run:"), root):
-      expected = (
-        "a URL such as gs://BUCKET/NAME, because the hosts do not have this machine's files"
-      )
+    if key.startswith("evals."):  # benchmarks are not read from URLs
+      if not address.startswith("package:") and not _is_tracked(address, root):
+        expected = f"package:NAME/FILE or a file of the repository, {missing}"
+        raise bad_value(key, address, expected, f"Commit the file. {_ACTION}")
+    elif not _is_on_hosts(address.removeprefix("run:"), root):
+      expected = f"a URL such as gs://BUCKET/NAME, {missing}"
       raise bad_value(key, address, expected, f"Copy it there. {_ACTION}")
 
 
@@ -88,6 +91,8 @@ def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
     unused |= {"teacher.source", "teachers"}
   if config.tasks or (verb == "record" and config.data.packed):
     unused.add("data.path")
+  if verb == "evaluate" and (config.evaluate.heldout or not config.evaluate.examples):
+    unused.add("train.heldout")
   for key, verbs in KEYS.items():
     if verb in verbs and key not in unused:
       section, _, name = key.partition(".")
@@ -95,8 +100,14 @@ def _addresses(verb: str, config: Config) -> Iterator[tuple[str, str]]:
       yield from _flat(key, getattr(value, name) if name else value)
   if verb in TASK_VERBS:
     yield from _fields("tasks", config.tasks)
-  if verb == "evaluate":
+  if verb in _BENCHMARKING:
     yield from _fields("evals", config.evals)
+  if verb in _TRAINING:
+    run = config.train.eval_benchmarks
+    yield from _fields("evals", {name: config.evals[name] for name in run if name in config.evals})
+  if verb == "chain":
+    for name in filter(config.links.__contains__, config.chain):
+      yield from _flat(f"links.{name}.student.source", config.links[name].student.source)
 
 
 def _flat(key: str, value: str | Iterable[str] | Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -120,8 +131,10 @@ def _fields(section: str, entries: Mapping[str, Any]) -> Iterator[tuple[str, str
 
 
 def _is_on_hosts(address: str, root: Path) -> bool:
-  if "://" in address or address.startswith(ON_ANY_HOST):
-    return True
+  return "://" in address or address.startswith(ON_ANY_HOST) or _is_tracked(address, root)
+
+
+def _is_tracked(address: str, root: Path) -> bool:
   tracked = subprocess.run(
     ["git", "-C", str(root), "ls-files", "--error-unmatch", "--", address],
     capture_output=True,

@@ -50,10 +50,11 @@ def test_the_processes_of_a_node_share_its_cores(tmp_path):
   assert "--cpus-per-task=24" in json.loads((tmp_path / "srun.json").read_text())
 
 
-def test_several_nodes_need_a_shared_workdir(tmp_path):
+@pytest.mark.parametrize("flag", [["--workdir=/scratch/r1"], ["--workdir", "/scratch/r1"]])
+def test_several_nodes_need_a_shared_workdir(tmp_path, flag):
   nodes = {"SLURM_JOB_NUM_NODES": "4"}
-  refused = slurm(tmp_path, 0, "train", "--workdir=/scratch/r1", env=nodes, expect=2)
+  refused = slurm(tmp_path, 0, "train", *flag, env=nodes, expect=2)
   assert "--workdir is '/scratch/r1'; expected a URL" in refused.stderr
   assert not (tmp_path / "srun.json").exists()
-  slurm(tmp_path, 0, "train", "--workdir=/scratch/r1", env=nodes | {"SHARED_DISK": "1"})
+  slurm(tmp_path, 0, "train", *flag, env=nodes | {"SHARED_DISK": "1"})
   slurm(tmp_path, 0, "train", "--workdir=gs://b/r1", env=nodes)
