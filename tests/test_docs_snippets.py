@@ -84,3 +84,23 @@ def test_tunix_trains_on_the_store_of_the_page(page, capsys):
     print(f"\nTunix: the loss went from {seen[0]:.3f} to {seen[1]:.3f} in 30 steps")
   assert seen[1] < seen[0] - 0.2
   assert type(batch).__name__ == "TunixInput" and batch.positions.shape == batch.input_tokens.shape
+
+
+def test_torch_trains_on_the_store_of_the_page(page):
+  """The loss is the cross-entropy: KD of the same logits, and the teacher's entropy."""
+  torch = pytest.importorskip("torch", reason="torch is not installed")
+  namespace, titled = page
+  torch.manual_seed(0)
+  with jax.numpy_rank_promotion("allow"):
+    exec(titled["torch_loop.py"], namespace)
+  batch, network, store = (namespace[name] for name in ("batch", "network", "store"))
+  first = next(iter(store.as_dataset("batch", batch_size=8)))
+  rows = torch.utils.data.default_collate([store.example(i) for i in range(8)])
+  with torch.no_grad():
+    logits = network(rows["inputs"])
+    got = float(namespace["distillation_loss"](logits, rows))
+  kd, _ = dj.logits_loss({"soft": dj.losses.KD()}, logits.numpy(), first)
+  entropy = np.mean(first.targets["teacher"].entropy_BT[first.mask_BT])
+  assert got == pytest.approx(float(kd) + entropy, rel=1e-5)  # sums of float32
+  assert batch["inputs"].shape == (8, 32)
+  assert got < 0.8 * np.log(256)  # 5.5 before the first step

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from distill_jax.errors import bad_value
 from distill_jax.losses import features
 from distill_jax.losses.features import Features, FeatureSpec, Pairs
 from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseLoss:
   """The interface between the training step and a loss.
 
@@ -34,7 +36,9 @@ class BaseLoss:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if isinstance(field.default, Schedule) and isinstance(value, int | float):
+      if isinstance(field.default, Schedule) and not isinstance(value, Schedule):
+        if not isinstance(value, numbers.Real):
+          raise bad_value(field.name, value, "a number or a Schedule", "Pass one of them")
         object.__setattr__(self, field.name, constant(value))
 
   @property
@@ -66,7 +70,7 @@ class BaseLoss:
     """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenLoss(BaseLoss):
   """A loss computed from the logits of each position, one chunk at a time."""
 
@@ -81,7 +85,7 @@ class TokenLoss(BaseLoss):
     raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureLoss(BaseLoss):
   """A loss computed from features of whole sequences."""
 
@@ -172,7 +176,7 @@ class FeatureLoss(BaseLoss):
     raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPairLoss(FeatureLoss):
   """A FeatureLoss averaged over pairs of layers."""
 

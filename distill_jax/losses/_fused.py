@@ -80,10 +80,12 @@ def fused_loss(
 
   Raises:
     InputError: A teacher has no targets in the batch, a loss would be biased with them, a loss does
-      not work on logits, or the mesh does not have these axes.
+      not work on logits, the mask is not bool, or the mesh does not have these axes.
   """
   token_losses = _checked(losses, batch)
-  _check_shapes(hidden_BTD.shape, head_VD.shape[-1:], batch)
+  _check_batch(hidden_BTD.shape, head_VD.shape[-1:], batch)
+  if chunk < 1:
+    raise bad_value("chunk", chunk, "at least 1 position", "Raise it")
   if label_count is None:
     label_count = count_labels(batch)
   weights = _weights(token_losses, step) if weights is None else weights
@@ -123,7 +125,7 @@ def logits_loss(
     batch: See `fused_loss`, as for the other arguments and for the result.
   """
   token_losses = _checked(losses, batch)
-  _check_shapes(logits_BTV.shape, logits_BTV.shape[-1:], batch)
+  _check_batch(logits_BTV.shape, logits_BTV.shape[-1:], batch)
   if label_count is None:
     label_count = count_labels(batch)
   weights = _weights(token_losses, step) if weights is None else weights
@@ -268,11 +270,16 @@ def _check_targets(fn: TokenLoss, targets: Targets) -> None:
     )
 
 
-def _check_shapes(shape: tuple[int, ...], width: tuple[int, ...], batch: Batch) -> None:
+def _check_batch(shape: tuple[int, ...], width: tuple[int, ...], batch: Batch) -> None:
   labels = batch.labels_BT.shape
   if len(shape) != 3 or shape[:2] != labels or shape[-1:] != width or batch.mask_BT.shape != labels:
     raise InputError(
       f"The hidden states or logits have shape {shape}, the head's rows {width}, labels_BT "
       f"{labels} and mask_BT {batch.mask_BT.shape}. Pass [B, T, D] with [V, D], or [B, T, V], and "
       "labels and mask as [B, T]."
+    )
+  if batch.mask_BT.dtype != bool:
+    raise InputError(
+      f"Batch.mask_BT has the dtype {batch.mask_BT.dtype}; expected bool. Pass confidences in labels "
+      "as Batch.smoothing_BT, which is 1 minus the confidence."
     )

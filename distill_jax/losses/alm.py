@@ -18,7 +18,7 @@ from distill_jax.types import Batch
 EPSILON = 1e-6  # subtracted from log-probabilities at the temperature, so that they are below 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(TokenLoss):
   """temperature KL(Bernoulli(P^(1/temperature)) || Bernoulli(Q^(1/temperature))) in nats.
 

@@ -19,7 +19,7 @@ from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 PROJECTIONS = ("none", "orthogonal")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(FeatureLoss):
   """Squared distance between embeddings normalised to length 1, averaged over positions.
 

@@ -19,7 +19,7 @@ DISTANCES, PROJECTIONS = ("mse", "cosine"), ("none", "orthogonal", "least_square
 RIDGE = 1e-4  # times the mean squared activation; makes the least-squares solution unique
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(LayerPairLoss):
   """Distance between hidden states, averaged over pairs of layers.
 

@@ -14,7 +14,7 @@ from distill_jax.schedules import Schedule, constant
 from distill_jax.types import Batch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(TokenLoss):
   """temperature^2 D(p, q) in nats, with p and q at the temperature.
 

@@ -11,7 +11,7 @@ from distill_jax.losses._base import TokenLoss
 from distill_jax.types import Batch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(TokenLoss):
   """(log p(label) - log q(label))^2 / 2 in nats^2.
 

@@ -17,7 +17,7 @@ from distill_jax.types import Batch, Targets
 BY = ("shares", "label", "entropy")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(TokenLoss):
   """(1 - t) sum_a s_a KD(p_a, q) - t log q(label) in nats, summed over teachers a.
 
@@ -82,7 +82,12 @@ class Loss(TokenLoss):
 
   def _kd(self, teacher: str) -> kd.Loss:
     """Returns the loss of one teacher."""
-    return kd.Loss(self.weight, self.temperature, teacher, self.divergence, self.parameters)
+    return kd.Loss(
+      temperature=self.temperature,
+      teacher=teacher,
+      divergence=self.divergence,
+      parameters=self.parameters,
+    )
 
   def token_loss(self, logits_BCV: jax.Array, batch: Batch, step: jax.Array | int) -> jax.Array:
     targets = [batch.targets[name] for name in self.teachers]

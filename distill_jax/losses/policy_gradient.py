@@ -14,7 +14,7 @@ from distill_jax.losses._base import TokenLoss
 from distill_jax.types import Batch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(TokenLoss):
   """-r A, with the advantage A = log p(label) - log q(label), a constant in the gradient.
 

@@ -13,7 +13,7 @@ from distill_jax.nn import fused_head
 from distill_jax.types import Batch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(TokenLoss):
   """-log q(argmax p) in nats (DeiT, arXiv:2012.12877, equation 3)."""
 

@@ -21,7 +21,7 @@ POSITIONS = 32  # positions whose relations are in memory at once
 NOISE = 1e-10
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(LayerPairLoss):
   """Huber loss on distances and angles between a token and the tokens before it.
 

@@ -18,7 +18,7 @@ from distill_jax.types import Batch, FamilyConfig, Mean, PyTree
 QUERIES = 128  # rows of a relation that are in memory at once
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss(LayerPairLoss):
   """KL between query-query, key-key and value-value relations (MiniLMv2, arXiv:2012.15828).
 

@@ -1,6 +1,6 @@
 """The five kinds of targets, which differ in the outcomes that are compared.
 
-DenseTargets    All tokens: logits of an online teacher, computed for one chunk at a time.
+DenseTargets    All tokens: logits of an online teacher, given or computed one chunk at a time.
 TopKTargets     The k stored tokens, with a convention for the mass outside them.
 SampledTargets  The sampled tokens, each with an unbiased estimate of its probability.
 LabelTargets    The labels alone, with their exact log-probabilities.
@@ -27,26 +27,37 @@ MIN_TAIL = 1e-7  # smallest mass outside top-k: the resolution of 1 - sum(p) in 
 
 
 class DenseTargets(Targets, kw_only=True):
-  """Outputs of an online teacher; its logits are computed for one chunk at a time.
+  """Outputs of an online teacher: hidden states and head, or logits.
+
+  From hidden states and head, logits are computed for one chunk at a time.
 
   Attributes:
-    hidden_BTD: Hidden states; see types.Output.
-    head_VD: The unembedding; see types.Output.
-    soft_cap: Soft cap of the logits; see types.Output.
+    hidden_BTD: Hidden states; see types.Output. None with `logits_BTV`.
+    head_VD: The unembedding; see types.Output. None with `logits_BTV`.
+    soft_cap: Soft cap of the logits; see types.Output. Given logits are not capped again.
     contrastive: True if the head is made of the batch; see types.Output.
-    logits_BTV: The logits of a chunk, from `with_logits`; None before.
+    logits_BTV: The logits; None to compute them from `hidden_BTD` and `head_VD`.
   """
 
-  hidden_BTD: jax.Array
+  hidden_BTD: jax.Array | None = None
   soft_cap: float | None = struct.field(pytree_node=False, default=None)
   contrastive: bool = struct.field(pytree_node=False, default=False)
   logits_BTV: jax.Array | None = None
 
   def logits(self) -> jax.Array:
-    """Returns the teacher's logits, float32 [B, C, V]."""
+    """Returns the teacher's logits, float32 [B, C, V].
+
+    Raises:
+      InputError: Neither logits nor hidden states and head are given.
+    """
     if self.logits_BTV is not None:
-      return self.logits_BTV
-    assert self.head_VD is not None
+      return self.logits_BTV.astype(jnp.float32)
+    if self.hidden_BTD is None or self.head_VD is None:
+      given = [name for name in ("hidden_BTD", "head_VD") if getattr(self, name) is not None]
+      raise InputError(
+        f"DenseTargets has {' and '.join(given) or 'no outputs'}; expected hidden_BTD and head_VD, "
+        "or logits_BTV. Pass the missing ones."
+      )
     logits_BCV = fused_head.logits(self.hidden_BTD, self.head_VD)
     return fused_head.soft_cap(logits_BCV, self.soft_cap)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import distill_jax as dj
-from distill_jax import losses
+from distill_jax import losses, registry
 from distill_jax.errors import InputError
-from distill_jax.losses import SampledTargets, TopKTargets
+from distill_jax.losses import DenseTargets, SampledTargets, TopKTargets
 from distill_jax.types import Batch, Mean
 
 B, T, D, V, K = 3, 7, 8, 37, 6
@@ -127,6 +127,68 @@ def test_losses_that_cannot_be_computed_are_refused():
   _, _, counts = problem("sampled")
   with pytest.raises(InputError, match="temperature differs from the recorded one"):
     losses.fused_loss({"soft": losses.KD(temperature=2.0)}, hidden, head, counts)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+def test_a_mask_of_numbers_is_refused(dtype):
+  """Confidences as a mask divided the whole loss by their sum: a mask of 0.5 doubled it."""
+  hidden, head, batch = problem()
+  batch = batch.replace(mask_BT=batch.mask_BT.astype(dtype))
+  for run in (losses.fused_loss, lambda mix, h, _, b: losses.logits_loss(mix, h @ head.T, b)):
+    with pytest.raises(InputError, match="Batch.mask_BT has the dtype .* as Batch.smoothing_BT"):
+      run({"hard": losses.CE()}, hidden, head, batch)
+
+
+@pytest.mark.parametrize("chunk", [0, -5])
+def test_a_chunk_without_positions_is_refused(chunk):
+  hidden, head, batch = problem()
+  with pytest.raises(InputError, match=f"chunk is {chunk}; expected at least 1 position"):
+    losses.fused_loss({"hard": losses.CE()}, hidden, head, batch, chunk=chunk)
+
+
+@pytest.mark.parametrize("name", registry.names("losses"))
+def test_the_fields_of_a_loss_have_to_be_named(name):
+  """KD(2.0) would be a weight of 2, not a temperature."""
+  with pytest.raises(TypeError, match="positional argument"):
+    registry.load("losses", name).Loss(2.0)
+
+
+def test_a_weight_is_a_number_of_any_type_or_a_schedule():
+  assert losses.KD(weight=np.float32(0.5), temperature=np.int64(2)) == losses.KD(
+    weight=0.5, temperature=2.0
+  )
+  with pytest.raises(InputError, match="weight is 'reverse_kl'; expected a number or a Schedule"):
+    losses.KD(weight="reverse_kl")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_teacher_may_give_its_logits(dtype):
+  """They give the same loss and gradient as the hidden states and the head of the teacher."""
+  hidden, head, batch = problem()
+  theirs = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
+  logits = (theirs @ head.T).astype(dtype)
+  eye = jnp.eye(V)  # as a head, of hidden states that are the logits
+  outputs = DenseTargets(hidden_BTD=logits.astype(jnp.float32), head_VD=eye)
+  mix = {"soft": losses.KD(temperature=2.0), "hard": losses.CE(weight=0.3)}
+
+  def fused(targets):
+    part = batch.replace(targets={"teacher": targets})
+    return jax.value_and_grad(lambda h: losses.fused_loss(mix, h, head, part, chunk=4)[0])(hidden)
+
+  given = DenseTargets(logits_BTV=logits)
+  for a, b in zip(fused(given), fused(outputs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  direct, _ = losses.logits_loss(mix, hidden @ head.T, batch.replace(targets={"teacher": given}))
+  np.testing.assert_allclose(direct, fused(outputs)[0], rtol=1e-5)
+
+
+def test_a_teacher_without_all_its_outputs_is_refused():
+  hidden, head, batch = problem()
+  for fields, found in (({}, "no outputs"), ({"hidden_BTD": hidden}, "hidden_BTD")):
+    batch = batch.replace(targets={"teacher": DenseTargets(**fields)})
+    expected = f"DenseTargets has {found}; expected hidden_BTD and head_VD, or logits_BTV"
+    with pytest.raises(InputError, match=expected):
+      losses.fused_loss({"soft": losses.KD()}, hidden, head, batch)
 
 
 def test_a_batch_without_inputs_names_what_is_missing():
