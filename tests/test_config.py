@@ -61,6 +61,11 @@ def test_round_trip_through_json():
     ),
     ("data", {"seq_len": 96, "buckets": (48, 32, 96)}, r"data.buckets is \(48, 32, 96\); expected"),
     ("data", {"seq_len": 96, "buckets": (64, 96)}, r"data.buckets is \(64, 96\); expected"),
+    (  # each line was read as text, with its braces and quotes
+      "data.path",
+      "ok.jsonl",
+      r"data.kind is 'text'; expected 'jsonl', .* to read ok.jsonl. Set data.kind=jsonl",
+    ),
     ("losses.soft", {"loss": "kdd"}, r"distill_jax/losses has no module 'kdd'. .*kd"),
     ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
     (
@@ -133,6 +138,12 @@ def test_the_learning_rate_warms_up_and_decays():
     ("train.mixture", (1.0, 0.0)),
     ("student.dtype", "bf16"),
     ("student.param_dtype", "int8"),
+    ("teacher.remat", "ful"),
+    ("student.attention", "flash"),
+    ("train.chunk", -5),
+    ("evaluate.chunk", 0),
+    ("records.chunk", 0),
+    ("records.kind", "top_k"),
   ],
 )
 def test_numbers_that_would_train_wrongly_are_refused(key, value):

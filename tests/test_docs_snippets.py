@@ -103,4 +103,4 @@ def test_torch_trains_on_the_store_of_the_page(page):
   entropy = np.mean(first.targets["teacher"].entropy_BT[first.mask_BT])
   assert got == pytest.approx(float(kd) + entropy, rel=1e-5)  # sums of float32
   assert batch["inputs"].shape == (8, 32)
-  assert got < 0.8 * np.log(256)  # 5.5 before the first step
+  assert got < np.log(256) - 0.2  # which is that of a uniform distribution

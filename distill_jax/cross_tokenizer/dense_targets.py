@@ -78,7 +78,6 @@ class ProjectedTargets(DenseTargets, kw_only=True):
     min_mass: See `dense.project`.
   """
 
-  hidden_BTD: jax.Array
   links_BTLF: jax.Array
   labels_BT: jax.Array
   min_mass: float = struct.field(pytree_node=False, default=0.0)

@@ -315,10 +315,12 @@ def _arrays(
   smoothing = masked.smoothing if masked else 0.0
   if not ids.size:
     return np.zeros(0, np.int32), np.zeros(0, bool), smoothing
-  if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
+  is_list = ids.ndim == 1 and ids.dtype.kind in "iu"
+  if not is_list or ids.min() < 0 or ids.max() >= 2**31:
+    found = f" from {ids.min()} to {ids.max()}" if is_list else ""
     raise InputError(
-      f"Document {number} is an array of {ids.dtype} {ids.shape} from {ids.min()} to {ids.max()}; "
-      "expected a sequence of token ids, integers from 0 to 2**31 - 1."
+      f"Document {number} is an array of {ids.dtype} {ids.shape}{found}; expected a sequence of "
+      "token ids, integers from 0 to 2**31 - 1. Tokenize it first."
     )
   mask = np.asarray(masked.mask, bool) if masked else np.ones(len(ids), bool)
   if mask.shape != ids.shape:

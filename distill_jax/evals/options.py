@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from distill_jax.errors import bad_value
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
@@ -51,3 +53,7 @@ class EvaluateOptions:
   on_bad: str = "stop"
   """Action at a question that cannot be used: "stop" (raise an error) or "skip" (skip and count
   it)."""
+
+  def __post_init__(self) -> None:
+    if self.chunk < 1:
+      raise bad_value("evaluate.chunk", self.chunk, "at least 1", "Raise it")

@@ -93,12 +93,14 @@ def load_model(
   return params.replace(model, values)
 
 
-def check_layers(pretrained: Pretrained, keep_layers: tuple[int, ...]) -> None:
-  """Raises InputError if a layer to keep is not in the checkpoint."""
+def check_layers(
+  pretrained: Pretrained, keep_layers: tuple[int, ...], key: str = "keep_layers"
+) -> None:
+  """Raises InputError, with the name of the key, if a layer to keep is not in the checkpoint."""
   L = pretrained.config.num_hidden_layers
   if bad := [i for i in keep_layers if not 0 <= i < L]:
     raise bad_value(
-      "keep_layers",
+      key,
       keep_layers,
       f"layers from 0 to {L - 1}, which {pretrained.source} has",
       f"Remove layer {bad[0]}",

@@ -39,7 +39,7 @@ class BaseLoss:
       if isinstance(field.default, Schedule) and not isinstance(value, Schedule):
         if not isinstance(value, numbers.Real):
           raise bad_value(field.name, value, "a number or a Schedule", "Pass one of them")
-        object.__setattr__(self, field.name, constant(value))
+        object.__setattr__(self, field.name, constant(float(value)))
 
   @property
   def teacher_names(self) -> tuple[str, ...]:

@@ -280,6 +280,6 @@ def _check_batch(shape: tuple[int, ...], width: tuple[int, ...], batch: Batch) -
     )
   if batch.mask_BT.dtype != bool:
     raise InputError(
-      f"Batch.mask_BT has the dtype {batch.mask_BT.dtype}; expected bool. Pass confidences in labels "
-      "as Batch.smoothing_BT, which is 1 minus the confidence."
+      f"Batch.mask_BT has the dtype {batch.mask_BT.dtype}; expected bool. Pass confidences in "
+      "labels as Batch.smoothing_BT, which is 1 minus the confidence."
     )

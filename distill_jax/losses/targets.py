@@ -20,7 +20,7 @@ from flax import struct
 from distill_jax.errors import InputError
 from distill_jax.losses import divergences
 from distill_jax.nn import fused_head
-from distill_jax.types import Targets, Terms
+from distill_jax.types import PyTree, Targets, Terms
 
 NEG_LARGE = -1e4  # a finite log-probability whose exponential is 0
 MIN_TAIL = 1e-7  # smallest mass outside top-k: the resolution of 1 - sum(p) in float32
@@ -39,7 +39,7 @@ class DenseTargets(Targets, kw_only=True):
     logits_BTV: The logits; None to compute them from `hidden_BTD` and `head_VD`.
   """
 
-  hidden_BTD: jax.Array | None = None
+  hidden_BTD: PyTree = None  # an array, or None
   soft_cap: float | None = struct.field(pytree_node=False, default=None)
   contrastive: bool = struct.field(pytree_node=False, default=False)
   logits_BTV: jax.Array | None = None

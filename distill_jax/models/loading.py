@@ -114,7 +114,8 @@ class ModelSource:
       config = self.pretrained.config
       if options.shape:
         _check_shape(options, self.pretrained)
-      check_layers(self.pretrained, options.keep_layers)
+      section = "student." if isinstance(options, StudentOptions) else ""
+      check_layers(self.pretrained, options.keep_layers, f"{section}keep_layers")
     config = apply_changes(config, options.changes)
     return config.keep_layers(options.keep_layers) if options.keep_layers else config
 

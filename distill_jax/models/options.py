@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from distill_jax.errors import bad_value, check_choice
+from distill_jax.nn.attention import KERNELS
 from distill_jax.nn.layer_sharing import ShareOptions
+from distill_jax.nn.layers import REMAT
 from distill_jax.nn.lora import LoraOptions
 from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.types import JsonObject
@@ -60,6 +62,8 @@ class ModelOptions:
   def __post_init__(self) -> None:
     for name in ("dtype", "param_dtype"):
       check_choice(name, getattr(self, name), DTYPES, "Correct it")
+    check_choice("remat", self.remat, REMAT, "Choose one")
+    check_choice("attention", self.attention, KERNELS, "Choose one")
 
 
 # The values of student.train, and the options of the student that each of them uses.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.config import Config
+from distill_jax.generation import placement
 from distill_jax.models import loading
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import params, sharding
@@ -114,4 +115,4 @@ def model_bytes(source: ModelSource, mesh: jax.sharding.Mesh) -> int:
 
 def _placed_bytes(tree: PyTree, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> int:
   where = sharding.shardings(tree, mesh, compute.rules)
-  return programs.bytes_of(sharding.with_shardings(tree, where))
+  return placement.bytes_per_device(sharding.with_shardings(tree, where))

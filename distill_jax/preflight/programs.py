@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from distill_jax.config import Config
 from distill_jax.cross_tokenizer.dense import DenseTables
 from distill_jax.errors import bad_value
+from distill_jax.generation import placement
 from distill_jax.models import loading, long_context
 from distill_jax.models.loading import ModelSource
 from distill_jax.models.options import ModelOptions
@@ -41,7 +41,7 @@ from distill_jax.tasks import dataset
 from distill_jax.training import aligned_store, loop, state, stores, validate
 from distill_jax.training.aligned_store import AlignedStore
 from distill_jax.training.outputs import OtherTokenizer
-from distill_jax.types import Batch, JsonObject, Model, PyTree, Recorded
+from distill_jax.types import Batch, JsonObject, Model, Recorded
 
 ModelT = TypeVar("ModelT", bound=ModelOptions)
 
@@ -198,11 +198,11 @@ def _train(config: Config, mesh: Mesh, opened: stores.Stores) -> LoweredStep:
   with jax.set_mesh(mesh):
     lowered = loop.jitted(step, trained, mesh).lower(trained, batch, teachers, base=base)
   arguments = {
-    "parameters": bytes_of(trained.params),
-    "optimizer": bytes_of((trained.opt, trained.adapters, trained.balance)),
-    "frozen base": bytes_of(base),
-    "teacher": bytes_of(teachers),
-    "batch": bytes_of(batch),
+    "parameters": placement.bytes_per_device(trained.params),
+    "optimizer": placement.bytes_per_device((trained.opt, trained.adapters, trained.balance)),
+    "frozen base": placement.bytes_per_device(base),
+    "teacher": placement.bytes_per_device(teachers),
+    "batch": placement.bytes_per_device(batch),
   }
   return LoweredStep(lowered, {k: n for k, n in arguments.items() if n}, c.batch_size)
 
@@ -246,7 +246,10 @@ def _record(config: Config, mesh: Mesh) -> LoweredStep:
   with jax.set_mesh(mesh):
     jitted = run.jitted_projection if projected else run.jitted
     lowered = jitted.lower(model, key, batch, index_B, *projected)
-  arguments = {"teacher": bytes_of((model, projected)), "batch": bytes_of(batch)}
+  arguments = {
+    "teacher": placement.bytes_per_device((model, projected)),
+    "batch": placement.bytes_per_device(batch),
+  }
   return LoweredStep(lowered, arguments, c.batch_size)
 
 
@@ -300,9 +303,3 @@ def planned_batch(
     return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
 
   return jax.tree.map(of_all_rows, batch, collate.shardings(batch, mesh))
-
-
-def bytes_of(tree: PyTree) -> int:
-  """Returns the bytes per device of a tree of shapes with shardings."""
-  leaves = jax.tree.leaves(tree)
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.config import Config
+from distill_jax.generation import placement
 from distill_jax.generation.prompts import Prompts
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import params, sharding
@@ -29,7 +30,6 @@ from distill_jax.preflight import (
   estimate,
   flops,
   other_tokenizer,
-  programs,
   roofline,
 )
 from distill_jax.preflight.topology import Hardware
@@ -180,7 +180,9 @@ def _bytes(teacher: RoundTeacher, mesh: jax.sharding.Mesh) -> int:
   weights = estimate.model_bytes(teacher.source, mesh)
   if teacher.other is None:
     return weights
-  return weights + programs.bytes_of(other_tokenizer.table_shapes(teacher.other.dense_tables, mesh))
+  return weights + placement.bytes_per_device(
+    other_tokenizer.table_shapes(teacher.other.dense_tables, mesh)
+  )
 
 
 def _pass_seconds(

@@ -61,7 +61,7 @@ def full_source(flag: str, given: str) -> str:
   if given.startswith(PREFIXES) or storage.is_remote(given):
     return given
   folder = given.removeprefix(RUN).removesuffix(BEST)
-  path, which = Path(folder).expanduser().absolute(), given[len(given.removesuffix(BEST)) :]
+  path, which = Path(folder).expanduser().absolute(), BEST if given.endswith(BEST) else ""
   if path.exists():
     is_run = (path / storage.CHECKPOINTS).is_dir() and not (path / "model.safetensors").exists()
     return f"{RUN}{path}{which}" if given.startswith(RUN) or is_run else str(path)

@@ -16,9 +16,9 @@ import functools
 import numpy as np
 
 from distill_jax.errors import bad_value, check_choice
+from distill_jax.records.options import KINDS
 
 Record = dict[str, np.ndarray]  # one sequence, or one example of a task, by field
-KINDS = ("sampled", "topk", "dense", "labels", "text")
 WITHOUT_ENTRIES = ("labels", "text")  # kinds whose records hold no entries
 TEXT = ("tokens_T", "segments_T", "mask_T")  # fields of packed text
 TASK = ("labels_T", "mask_T")  # fields of an example of a task

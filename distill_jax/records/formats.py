@@ -167,6 +167,11 @@ def as_dataset(
     indices = indices.repeat(epochs)
   if batch_size is None:
     return indices.map(functools.partial(_read, store=store, form=form))
+  if not 1 <= batch_size <= len(indices):
+    expected = f"from 1 to {len(indices)}, the number of examples"
+    raise bad_value(
+      "batch_size", batch_size, expected, "Lower it" if batch_size > 0 else "Raise it"
+    )
   batches = indices.batch(batch_size, drop_remainder=True, batch_fn=list)
   return batches.map(functools.partial(_read_batch, store=store, form=form))
 

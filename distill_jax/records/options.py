@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from distill_jax.errors import bad_value
+from distill_jax.errors import bad_value, check_choice
 
+KINDS = ("sampled", "topk", "dense", "labels", "text")
 MAX_SEQUENCES = 2**14  # of a shard: an example of a task may have a single token
 
 
@@ -70,6 +71,11 @@ class RecordsOptions:
   A command that is stopped loses the shards that it has begun, at most one per process. The default
   makes shards of about 32 MB. A store that is resumed or extended keeps the size of its shards.
   """
+
+  def __post_init__(self) -> None:
+    check_choice("records.kind", self.kind, KINDS, "Correct it")
+    if self.chunk < 1:
+      raise bad_value("records.chunk", self.chunk, "at least 1", "Raise it")
 
   def sequences_per_shard(self, positions: int) -> int:
     """Returns the number of sequences of `positions` tokens that make a shard.

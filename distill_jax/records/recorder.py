@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from distill_jax.data import model_rows
-from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.nn import mesh_in_use, sharding
 from distill_jax.nn.sharding import MeshAxes
@@ -28,6 +27,9 @@ from distill_jax.records.manifest import Manifest
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.runtime import storage
+
+if TYPE_CHECKING:  # it needs sentencepiece, which a Recorder does not
+  from distill_jax.data.tokenizers import Tokenizer
 
 Array = jax.Array | np.ndarray
 Outputs = Array | Callable[[], Array]  # or a function that computes it, called if it is needed
@@ -284,10 +286,11 @@ def _digest(tokenizer: str | Tokenizer) -> str:
 def _arrays(hidden: Outputs | None, head: Array | None, logits: Outputs | None) -> dict[str, Any]:
   """Returns the given outputs, by name. Functions are called."""
   if (logits is None) == (hidden is None) or (hidden is None) != (head is None):
-    given = [
-      name for name, x in (("hidden", hidden), ("head", head), ("logits", logits)) if x is not None
-    ]
-    raise bad_value("the outputs", given, "hidden and head, or logits", "Pass either")
+    outputs = {"hidden": hidden, "head": head, "logits": logits}
+    given = " and ".join(name for name, x in outputs.items() if x is not None)
+    raise InputError(
+      f"Recorder.add got {given or 'no outputs'}; expected hidden and head, or logits. Pass either."
+    )
   if logits is not None:
     return {"logits_BTV": logits() if callable(logits) else logits}
   return {"hidden_BTD": hidden() if callable(hidden) else hidden, "head_VD": head}

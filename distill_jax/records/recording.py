@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from distill_jax.data.tokenizers import Tokenizer
-from distill_jax.errors import InputError
+from distill_jax.errors import InputError, bad_value
 from distill_jax.models import runs
 from distill_jax.nn import sharding
 from distill_jax.nn.sharding import MeshAxes
@@ -23,11 +22,12 @@ from distill_jax.records import manifest as manifest_lib
 from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
-from distill_jax.records.packed_rows import PackedRows
 from distill_jax.records.sampler import SamplerSpec
 from distill_jax.records.store import Store
-from distill_jax.records.student_rows import StudentRows
 from distill_jax.types import JsonObject
+
+if TYPE_CHECKING:  # it needs sentencepiece, which a Recorder does not
+  from distill_jax.data.tokenizers import Tokenizer
 
 TAPS_SEED = 0  # seed of the fixed projection, stored in the manifest
 
@@ -61,16 +61,13 @@ class Corpus:
 
   def read(self, indices: Sequence[int]) -> Sequence[Record]:
     """Returns some rows, in the order of their indices. Packed rows are read at once."""
-    rows = self.rows
-    if isinstance(rows, PackedRows | StudentRows):
-      return rows.read_many(indices)
-    return [rows[i] for i in indices]
+    read_many = getattr(self.rows, "read_many", None)
+    return read_many(indices) if read_many else [self.rows[i] for i in indices]
 
   @property
   def teacher_positions(self) -> int:
     """Number of positions of a row as the teacher reads it."""
-    rows = self.rows
-    return rows.teacher_positions if isinstance(rows, StudentRows) else self.positions
+    return getattr(self.rows, "teacher_positions", self.positions)  # of StudentRows
 
   @property
   def is_task(self) -> bool:
@@ -221,8 +218,14 @@ def manifest_of(
 
 
 def record_spec(options: RecordsOptions, vocab_size: int) -> RecordSpec:
-  """Returns the contents of a record for a number of tokens or classes."""
+  """Returns the contents of a record for a number of tokens or classes.
+
+  Raises:
+    InputError: More tokens of "topk" are to be stored than there are.
+  """
   c = options
+  if c.kind == "topk" and c.n > vocab_size:
+    raise bad_value("records.n", c.n, f"at most {vocab_size}, the vocabulary", "Lower it")
   n = {"dense": vocab_size, "labels": 0, "text": 0}.get(c.kind, c.n)
   return RecordSpec(c.kind, n, vocab_size, c.logp, entropy=not (c.logprobs or c.served))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -120,7 +121,7 @@ def summarise(
   if u_BT is None:
     u_BT = jnp.zeros(labels_BT.shape, jnp.float32)
 
-  scan = functools.partial(_scan_chunks, spec=spec, chunk=chunk, soft_cap=soft_cap)
+  scan = functools.partial(_scan_heads, spec=spec, chunk=chunk, soft_cap=soft_cap)
   with jax.named_scope("summarise"):
     if mesh_in_use.no_mesh():
       return scan(hidden_BTD, head_VD, labels_BT, u_BT)
@@ -136,7 +137,7 @@ def summarise(
     )(hidden_BTD, head_VD, labels_BT, u_BT)
 
 
-def _scan_chunks(
+def _scan_heads(
   hidden_BTD: jax.Array,
   head_VD: jax.Array,
   labels_BT: jax.Array,
@@ -149,30 +150,27 @@ def _scan_chunks(
   """Returns the output of `summarise` for one device's positions and rows of the head.
 
   Args:
-    hidden_BTD: See `summarise`.
-    head_VD: See `summarise`.
-    labels_BT: See `summarise`.
-    u_BT: See `summarise`.
-    spec: See `summarise`.
-    chunk: See `summarise`.
-    soft_cap: See `summarise`.
+    hidden_BTD: See `summarise`, as for the other arguments.
     axis: Mesh axes over which V is sharded, inside shard_map.
   """
 
-  def summarise_chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
-    hidden_BCD, labels_BC, u_BC = xs
-    logits_BCV = jnp.einsum(
-      "BCD,VD->BCV",
-      hidden_BCD.astype(head_VD.dtype),
-      head_VD,
-      preferred_element_type=jnp.float32,
-    )
+  def of_chunk(
+    hidden_BCD: jax.Array, labels_BC: jax.Array, u_BC: jax.Array
+  ) -> dict[str, jax.Array]:
+    logits_BCV = fused_head.logits(hidden_BCD.astype(head_VD.dtype), head_VD)
     logits_BCV = fused_head.soft_cap(logits_BCV, soft_cap)
-    return carry, of_shard(logits_BCV, labels_BC, u_BC, spec, axis)
+    return of_shard(logits_BCV, labels_BC, u_BC, spec, axis)
 
-  xs = jax.tree.map(lambda x: chunks.split(x, chunk), (hidden_BTD, labels_BT, u_BT))
-  _, out = jax.lax.scan(summarise_chunk, None, xs)
-  return jax.tree.map(lambda x: chunks.join(x, hidden_BTD.shape[1]), out)
+  return _scan(of_chunk, chunk, hidden_BTD, labels_BT, u_BT)
+
+
+def _scan(
+  of_chunk: Callable[..., dict[str, jax.Array]], chunk: int, *arrays: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns the outputs of a function of arrays [B, C, ...], as arrays [B, T, ...]."""
+  pieces = [chunks.split(x, chunk) for x in arrays]
+  _, out = jax.lax.scan(lambda _, xs: (None, of_chunk(*xs)), None, pieces)
+  return jax.tree.map(lambda x: chunks.join(x, arrays[0].shape[1]), out)
 
 
 def of_logits(
@@ -233,9 +231,10 @@ def summarise_logits(
     vocab_axis: See `summarise`.
   """
 
-  def summarise_chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, dict[str, jax.Array]]:
-    logits_BCV, labels_BC, u_BC = xs
-    summary = of_logits(
+  def of_chunk(
+    logits_BCV: jax.Array, labels_BC: jax.Array, u_BC: jax.Array
+  ) -> dict[str, jax.Array]:
+    return of_logits(
       logits_BCV.astype(jnp.float32),
       labels_BC,
       u_BC,
@@ -243,11 +242,8 @@ def summarise_logits(
       batch_axes=batch_axes,
       vocab_axis=vocab_axis,
     )
-    return carry, summary
 
-  xs = jax.tree.map(lambda x: chunks.split(x, chunk), (logits_BTV, labels_BT, u_BT))
-  _, out = jax.lax.scan(summarise_chunk, None, xs)
-  return jax.tree.map(lambda x: chunks.join(x, logits_BTV.shape[1]), out)
+  return _scan(of_chunk, chunk, logits_BTV, labels_BT, u_BT)
 
 
 def of_shard(

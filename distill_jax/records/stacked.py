@@ -26,7 +26,8 @@ class Stacked(Sequence):
   @classmethod
   def of(cls, records: Sequence[Record]) -> Stacked:
     """Returns copies of records."""
-    return cls({name: np.stack([r[name] for r in records]) for name in (*records[:1], {})[0]})
+    names = records[0] if records else {}
+    return cls({name: np.stack([r[name] for r in records]) for name in names})
 
   @classmethod
   def joined(cls, parts: Sequence[Stacked]) -> Stacked:

@@ -138,7 +138,7 @@ class Store:
 
     Raises:
       InputError: The format is unknown, does not exist for a task, or needs a package that is not
-        installed.
+        installed; or there are fewer examples than `batch_size`.
     """
     return formats.as_dataset(self, format, batch_size, seed, epochs)
 

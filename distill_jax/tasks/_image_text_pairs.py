@@ -7,15 +7,17 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill_jax.data import image_files, sources
 from distill_jax.errors import InputError, bad_value
 from distill_jax.models import FamilyConfig
+from distill_jax.tasks import _texts
+from distill_jax.tasks._base import Stack
 from distill_jax.tasks._jsonl_task import JsonlTask, is_text, media_folder, read_media
-from distill_jax.types import JsonObject
+from distill_jax.types import Images, ImageText, JsonObject
 
 
 class ImageTextPair(NamedTuple):
@@ -123,6 +125,10 @@ class ImageTextTask(JsonlTask):
     if pixels is None or hashlib.sha256(raw).hexdigest() != pair.digest:
       raise InputError(f"{pair.image} has changed since the run began. Start the run again.")
     return pixels
+
+  def inputs(self, stack: Stack) -> ImageText:
+    pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
+    return ImageText(Images(pixels), _texts.inputs(stack))
 
   def hub_files(self, config: FamilyConfig) -> JsonObject:
     """Returns the config of transformers' CLIPImageProcessor."""

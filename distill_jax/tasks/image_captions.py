@@ -6,17 +6,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.pretrained import Pretrained
 from distill_jax.models import FamilyConfig
 from distill_jax.tasks import _texts
-from distill_jax.tasks._base import Example, Stack
+from distill_jax.tasks._base import Example
 from distill_jax.tasks._image_text_pairs import ImageTextPair, ImageTextTask
 from distill_jax.tasks._model_configs import (
   ImageDecoderConfig,
@@ -24,7 +22,6 @@ from distill_jax.tasks._model_configs import (
   check_images,
   wrong_kind,
 )
-from distill_jax.types import Images, ImageText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +51,6 @@ class Task(ImageTextTask):
         f"{tokenizer.where} has no end token, which captions need. Use another tokenizer."
       )
     return CaptionedImages(self, self.read_pairs(split), tokenizer, tokenizer.eos_id)
-
-  def inputs(self, stack: Stack) -> ImageText:
-    pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
-    return ImageText(Images(pixels), _texts.inputs(stack))
 
   def check(self, config: FamilyConfig) -> None:
     if not isinstance(config, ImageDecoderConfig):

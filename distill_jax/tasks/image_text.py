@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
-from distill_jax.data import image_files
 from distill_jax.data.tokenizers import Tokenizer, load_tokenizer
 from distill_jax.errors import InputError
 from distill_jax.hub.pretrained import Pretrained
@@ -19,7 +18,7 @@ from distill_jax.tasks import _texts
 from distill_jax.tasks._base import Example, Stack
 from distill_jax.tasks._image_text_pairs import ImageTextPair, ImageTextTask
 from distill_jax.tasks._model_configs import ImageTextConfig, check_images, wrong_kind
-from distill_jax.types import IN_BATCH_CLASSES, Images, ImageText
+from distill_jax.types import IN_BATCH_CLASSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +31,6 @@ class Task(ImageTextTask):
   def open(self, split: str, pretrained: Pretrained | None) -> EncodedImageTextPairs:
     tokenizer = self.load_tokenizer(pretrained)
     return EncodedImageTextPairs(self, self.read_pairs(split), tokenizer)
-
-  def inputs(self, stack: Stack) -> ImageText:
-    pixels: Any = image_files.normalised(stack("pixels_WWM"), self.mean, self.std)
-    return ImageText(Images(pixels), _texts.inputs(stack))
 
   def valid(self, stack: Stack) -> np.ndarray:
     """Returns True for every row: features are those of the image tower, without padding."""

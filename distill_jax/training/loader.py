@@ -15,6 +15,7 @@ a step of 2 s leaves 8 s for a batch that is slow.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -73,43 +74,63 @@ def batches(
   if not all(len(store) for store in stores):
     raise InputError("A record store is empty. Record it first.")
   lengths = lengths or [1] * len(stores)
-  sizes = batch_sizes(lengths, batch_size)
   weights = list(mixture) or [len(store) for store in stores]
   shuffled = [
     grain.MapDataset.range(len(store)).shuffle(seed=seed).repeat().map(functools.partial(_pair, i))
     for i, store in enumerate(stores)
   ]
-  # Dicts by length: the numbers of its stores, all rows in order, and a batch's rows held here.
-  numbers = {length: [i for i, n in enumerate(lengths) if n == length] for length in sizes}
-  rows = {
-    length: _mix([shuffled[i] for i in some], [weights[i] for i in some])
-    for length, some in numbers.items()
-  }
-  own = {n: list(range(size)) if held is None else held(size).tolist() for n, size in sizes.items()}
-  first_records = {
-    length: [stores[i].read_many([0])[0] for i in some] for length, some in numbers.items()
-  }
-  empty_fields = {length: _empty_fields(records) for length, records in first_records.items()}
+  by_length: dict[int, _OfLength] = {}
+  for length, size in batch_sizes(lengths, batch_size).items():
+    some = [i for i, n in enumerate(lengths) if n == length]
+    by_length[length] = _OfLength(
+      rows=_mix([shuffled[i] for i in some], [weights[i] for i in some]),
+      size=size,
+      own=list(range(size)) if held is None else held(size).tolist(),
+      first=[stores[i].read_many([0])[0] for i in some],
+      tokens=sum(weights[i] * (1 if mixture else length) for i in some),
+    )
   if targets:
-    _check_targets(first_records)
+    _check_targets({length: of.first for length, of in by_length.items()})
 
   # Element n of the order is the length of batch n, and its number among batches of this length.
-  tokens = [
-    sum(weights[i] * (1 if mixture else length) for i in some) for length, some in numbers.items()
-  ]
   batches_of_length = [
-    grain.MapDataset.range(len(rows[length]) // size).map(functools.partial(_pair, length))
-    for length, size in sizes.items()
+    grain.MapDataset.range(len(of.rows) // of.size).map(functools.partial(_pair, length))
+    for length, of in by_length.items()
   ]
-  order = _mix(batches_of_length, tokens)
+  order = _mix(batches_of_length, [of.tokens for of in by_length.values()])
   to_batch = functools.partial(collate, with_targets=targets, read=read, recorded=recorded)
 
   def batch(n: int) -> Batch:
     length, number = order[n]
-    chosen = [rows[length][number * sizes[length] + i] for i in own[length]]
-    return to_batch(_read(chosen, stores, empty_fields[length]))
+    of = by_length[length]
+    chosen = [of.rows[number * of.size + i] for i in of.own]
+    return to_batch(_read(chosen, stores, of.empty_fields))
 
   return read_ahead(batch, range(start, len(order)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfLength:
+  """The rows of one length.
+
+  Attributes:
+    rows: The StoreIndex of all of them, in order.
+    size: The number of rows of a batch.
+    own: The rows of a batch that this process holds.
+    first: The first record of each store.
+    tokens: Their share of the tokens, relative to those of other lengths.
+  """
+
+  rows: grain.MapDataset
+  size: int
+  own: list[int]
+  first: list[Record]
+  tokens: float
+
+  @functools.cached_property
+  def empty_fields(self) -> Record:
+    """See `_empty_fields`."""
+    return _empty_fields(self.first)
 
 
 def read_ahead(batch: Callable[[int], Batch], numbers: range) -> Iterator[Batch]:

@@ -130,8 +130,9 @@ class TrainOptions:
   "" for none."""
 
   def __post_init__(self) -> None:
-    if self.keep < 1:
-      raise bad_value("train.keep", self.keep, "at least 1", "Raise it")
+    for name in ("chunk", "keep"):
+      if (value := getattr(self, name)) < 1:
+        raise bad_value(f"train.{name}", value, "at least 1", "Raise it")
     for name in ("checkpoint_minutes", "checkpoint_every", "keep_every"):
       if (value := getattr(self, name)) < 0:
         raise bad_value(f"train.{name}", value, "a positive number, or 0", "Correct it")

@@ -118,6 +118,7 @@ def test_documents_are_read_lazily():
     ([[1], [1.5]], "Document 1"),
     ([[[1]]], "Document 0"),
     ([[2**31]], "Document 0"),
+    (["a text"], "Document 0 is an array of <U6"),
     ([([1, 2], [True])], "mask of shape"),
     ([], "no tokens"),
     ([[], []], "no tokens"),

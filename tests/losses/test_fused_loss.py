@@ -135,7 +135,9 @@ def test_a_mask_of_numbers_is_refused(dtype):
   hidden, head, batch = problem()
   batch = batch.replace(mask_BT=batch.mask_BT.astype(dtype))
   for run in (losses.fused_loss, lambda mix, h, _, b: losses.logits_loss(mix, h @ head.T, b)):
-    with pytest.raises(InputError, match="Batch.mask_BT has the dtype .* as Batch.smoothing_BT"):
+    with pytest.raises(
+      InputError, match="Batch.mask_BT has the dtype .* labels as Batch.smoothing_BT"
+    ):
       run({"hard": losses.CE()}, hidden, head, batch)
 
 

@@ -11,6 +11,7 @@ from tiny_checkpoints import CONFIG, write_folder
 
 from distill_jax import config
 from distill_jax.commands import record
+from distill_jax.errors import InputError
 from distill_jax.hub.safetensors_folder import SafetensorsFolder
 from distill_jax.models import loading
 from distill_jax.nn import params
@@ -57,3 +58,9 @@ def test_shape_and_tokenizer_read_no_weights(tmp_path, monkeypatch):
   assert params.count(source.abstract) > 0
   with pytest.raises(AssertionError, match="weights were read"):
     _ = source.digest
+
+
+def test_a_layer_that_the_source_lacks_is_reported_with_its_key(tmp_path):
+  folder = str(write_folder(tmp_path))
+  with pytest.raises(InputError, match=r"^student.keep_layers is \(0, 9\); expected layers"):
+    _ = loading.open_source(config.StudentOptions(source=folder, keep_layers=(0, 9))).config

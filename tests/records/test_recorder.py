@@ -1,6 +1,9 @@
 """Recorder: any JAX teacher without a config, and the same bytes as the command `record`."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +246,42 @@ def test_a_recorded_store_trains_the_fused_head(tmp_path):
   assert abs(float(loss)) < 0.35  # the teacher against its own sample of 7 points
 
 
+def test_it_needs_no_package_of_the_extra_train(tmp_path):
+  code = f"""
+    import sys
+
+    class Refuse:
+      def find_spec(self, name, path=None, target=None):
+        if name in ("grain", "huggingface_hub", "orbax", "sentencepiece", "tokenizers"):
+          raise ModuleNotFoundError(name, name=name)
+
+    sys.meta_path.insert(0, Refuse())
+    import numpy as np
+    import distill_jax as dj
+
+    with dj.Recorder({str(tmp_path)!r}, vocab_size=8, seq_len=4, n=3, teacher="uniform") as r:
+      r.add(np.ones((2, 4), int), logits=np.zeros((2, 4, 8), np.float32))
+    assert len(dj.open_store({str(tmp_path)!r})) == 2
+  """
+  command = [sys.executable, "-c", textwrap.dedent(code)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused(tmp_path):
+  with pytest.raises(InputError, match=f"records.n is 65; expected at most {V}, the vocabulary"):
+    dj.Recorder(tmp_path, **settings(kind="topk", n=V + 1))
+
+
+def test_a_batch_larger_than_the_store_is_refused(tmp_path):
+  """It had no elements, so that a loop over it ended at once."""
+  store = write(tmp_path)
+  for size in (0, ROWS + 1):
+    with pytest.raises(InputError, match=f"batch_size is {size}; expected from 1 to {ROWS}"):
+      store.as_dataset("batch", batch_size=size)
+  assert len(store.as_dataset("batch", batch_size=ROWS + 1, epochs=2)) == 1
+
+
 def test_what_is_refused(tmp_path):
   tokens, segments = corpus(B)
   hidden = teacher(tokens)
@@ -257,7 +296,7 @@ def test_what_is_refused(tmp_path):
   with dj.Recorder(tmp_path, **settings(sequences=B)) as r:
     with pytest.raises(InputError, match=r"\(4, 7\).*; expected arrays of one shape, \[B, 8\]"):
       r.add(tokens[:, 1:], hidden=hidden, head=HEAD)
-    with pytest.raises(InputError, match=r"the outputs is \['hidden'\]; expected hidden and head"):
+    with pytest.raises(InputError, match="Recorder.add got hidden; expected hidden and head, or"):
       r.add(tokens, segments, hidden=hidden)
     with pytest.raises(InputError, match=r"hidden is \(4, 7, 16\); expected an array of shape"):
       r.add(tokens, segments, hidden=hidden[:, 1:], head=HEAD)
