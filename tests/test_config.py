@@ -66,6 +66,7 @@ def test_round_trip_through_json():
       "ok.jsonl",
       r"data.kind is 'text'; expected 'jsonl', .* to read ok.jsonl. Set data.kind=jsonl",
     ),
+    ("data.path", "ok.jsonl.gz", r"data.kind is 'text'; expected 'jsonl', .* to read ok.jsonl.gz"),
     ("losses.soft", {"loss": "kdd"}, r"distill_jax/losses has no module 'kdd'. .*kd"),
     ("losses.soft", {"loss": "kd", "temprature": 1.0}, r"temprature' is unknown; did you mean"),
     (

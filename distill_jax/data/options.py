@@ -55,7 +55,7 @@ class DataOptions:
   writes. 1 - confidence is used as label smoothing. "": no label smoothing. For "chat" only."""
 
   def __post_init__(self) -> None:
-    if self.kind == "text" and self.path.endswith(".jsonl"):
+    if self.kind == "text" and self.path.removesuffix(".gz").endswith(".jsonl"):
       expected = f"'jsonl', or 'chat' for chats, to read {self.path}"
       raise bad_value("data.kind", self.kind, expected, "Set data.kind=jsonl")
     lengths = self.buckets
