@@ -169,11 +169,15 @@ def test_a_template_without_a_placeholder_is_an_error(tmp_path, template):
   c.generate.server.urls = ("http://localhost:1/v1",)
   with pytest.raises(InputError, match="expected a template that contains {prompt}"):
     asked(c, tmp_path / "w", template=template)
-  c.generate.template, c.generate.prompts = "", "prompts.jsonl.gz"
-  with pytest.raises(
-    InputError, match="generate.prompts is 'prompts.jsonl.gz'; expected a file that"
-  ):
-    asked(c, tmp_path / "w", template=template)
+
+
+def test_compressed_prompts_are_refused(tmp_path):
+  """`on_policy` reads prompts by their places in the file."""
+  c = tiny.tiny(tmp_path)
+  c.generate.prompts = "prompts.jsonl.gz"
+  c.generate.server.urls = ("http://localhost:1/v1",)
+  with pytest.raises(InputError, match="generate.prompts is 'prompts.jsonl.gz'; expected a file"):
+    asked(c, tmp_path / "w")
 
 
 def test_smoothed_labels_and_their_gradient():
