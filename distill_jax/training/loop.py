@@ -75,7 +75,7 @@ def train(
   validate.check_run(config, stores, student)
   validate_heldout.check(config, stores, heldout, student)
   c = config.train
-  for split in (stores, heldout):
+  for split in filter(None, (stores, heldout)):
     validate.check_online(config, split, online, student)
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
   step = make_step(config, stores, student, online)
