@@ -13,9 +13,6 @@ Rows have as many tokens as those of the records, so a step is that of any store
 token. What does not fit is cut: Qwen's tokenizer makes 0.86 to 1.01 times as many tokens as R1's of
 a row of prose or code, but 1.1 to 1.2 times as many of one of GSM8K, because it splits numbers into
 single digits; Llama's makes 0.84 to 1.004 times as many. retarget.dry_run prints what is cut.
-
-"GB sent" of r1_qwen_32b and r1_llama_70b at 131,072 tokens and of r1_sft_* is from before gradients
-were reduce-scattered over fsdp.
 """
 
 from distill_jax import config

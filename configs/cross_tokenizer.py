@@ -9,7 +9,7 @@
   distill-jax retarget   --config=$C:retargeted --workdir=$R/retargeted  # Mistral's tokens
   distill-jax train      --config=$C:retargeted --workdir=$R/student
 
-The argument is what the student learns from:
+The argument is what the student is trained on:
 
   same_hard, same_soft  the control, which keeps SmolLM2's tokenizer: the text, or the records
   hard                  the text

@@ -15,11 +15,10 @@ device):
     32,768    73.3 of 95.74      415   53.34    73%      78,630      3,884
 
 With configs/r1_llama_70b.py:131072 each sequence is spread over 16 devices. Estimates for a step on
-v5p:4x4x4, with 4 sequences of 131,072 tokens, at a compiler effort that is lower, so that the bytes
-sent can differ:
+v5p:4x4x4, with 4 sequences of 131,072 tokens, at a lower compiler effort:
 
-    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-   131,072    36.5 of 95.74     1,261   23.68    70%      22,137      6,898
+    tokens       GiB/device  s/step   MFU    tokens/s  chip-hours
+   131,072    36.5 of 95.74   23.68    70%      22,137      6,898
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

@@ -15,11 +15,10 @@ device):
     32,768    40.1 of 95.74      216   25.05    73%     167,406      1,824
 
 With configs/r1_qwen_32b.py:131072 each sequence is spread over 16 devices. Estimates for a step on
-v5p:4x4x4, with 4 sequences of 131,072 tokens, at a compiler effort that is lower, so that the bytes
-sent can differ:
+v5p:4x4x4, with 4 sequences of 131,072 tokens, at a lower compiler effort:
 
-    tokens       GiB/device   GB sent  s/step   MFU    tokens/s  chip-hours
-   131,072    19.8 of 95.74       636   11.49    70%      45,623      3,347
+    tokens       GiB/device  s/step   MFU    tokens/s  chip-hours
+   131,072    19.8 of 95.74   11.49    70%      45,623      3,347
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

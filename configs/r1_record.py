@@ -25,8 +25,10 @@ more operations than are counted here.
 Times are lower bounds from published peaks, not forecasts. Gathering the weights takes at least 0.6
 seconds per batch, so smaller batches would be slower per token. The store takes about 135 GB, 31.5
 bytes per token. Shards of 262,144 tokens (8 MB) cost a SIGTERM at most a minute: at 94,000 tokens/s
-16 hosts finish one each every 45 seconds. Students with R1's tokenizer learn from the store itself,
-those of configs/r1_*.py, which have other tokenizers, from what `retarget` makes of it.
+16 hosts finish one each every 45 seconds.
+
+Students with R1's tokenizer are trained on the store itself; those of configs/r1_*.py, which have
+other tokenizers, on what `retarget` makes of it.
 """
 
 from distill_jax import config

@@ -9,8 +9,8 @@
 
 Estimates of preflight for a step on v5p:4x4x4, 64 sequences of 32,768 tokens (one per device):
 
-      GiB/device    GB sent   s/step   MFU    tokens/s   chip-hours
-     19.9 of 95.74        61     6.97   73%     300,853        508
+      GiB/device   s/step   MFU    tokens/s   chip-hours
+     19.9 of 95.74     6.97   73%     300,853        508
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

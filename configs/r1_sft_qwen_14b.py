@@ -9,8 +9,8 @@
 
 Estimates of preflight for a step on v5p:4x4x4, 64 sequences of 32,768 tokens (one per device):
 
-      GiB/device    GB sent   s/step   MFU    tokens/s   chip-hours
-     32.0 of 95.74       112    13.05   72%     160,658        951
+      GiB/device   s/step   MFU    tokens/s   chip-hours
+     32.0 of 95.74    13.05   72%     160,658        951
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

@@ -9,8 +9,8 @@
 
 Estimates of preflight for a step on v5e:8x8, 64 sequences of 32,768 tokens (one per device):
 
-      GiB/device    GB sent   s/step   MFU    tokens/s   chip-hours
-      6.7 of 15.75        23     4.09   72%     513,234        298
+      GiB/device   s/step   MFU    tokens/s   chip-hours
+      6.7 of 15.75     4.09   72%     513,234        298
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

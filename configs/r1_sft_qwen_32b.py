@@ -9,8 +9,8 @@
 
 Estimates of preflight for a step on v5p:4x4x4, 64 sequences of 32,768 tokens (one per device):
 
-      GiB/device    GB sent   s/step   MFU    tokens/s   chip-hours
-     49.1 of 95.74       253    25.05   73%      83,703      1,824
+      GiB/device   s/step   MFU    tokens/s   chip-hours
+     49.1 of 95.74    25.05   73%      83,703      1,824
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

@@ -9,8 +9,8 @@
 
 Estimates of preflight for a step on v5p:4x4x4, 64 sequences of 32,768 tokens (one per device):
 
-      GiB/device    GB sent   s/step   MFU    tokens/s   chip-hours
-     18.3 of 95.74        57     6.07   73%     345,323        442
+      GiB/device   s/step   MFU    tokens/s   chip-hours
+     18.3 of 95.74     6.07   73%     345,323        442
 
 Times are lower bounds from published peaks, not forecasts. Chip-hours are for 8.6 billion tokens.
 """

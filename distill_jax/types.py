@@ -12,7 +12,7 @@ The name of an array ends in its axes, one letter each, e.g. `x_BTD`:
   J beams                  U distinct layers if layers share weights
   A teachers               O output width of a linear map, I its input width
   X positions of all sequences in one axis         n chunks
-  s devices that shard the vocabulary              v rows of the head on one device
+  s devices whose parts are summed                 v rows of the head on one device
   b blocks of the vocabulary                       t tokens of a block
   g groups of tokens or of experts                 f tokens of a group
   e experts of a group                             p side of a patch, in pixels

@@ -2,7 +2,8 @@
 
   python launch/gke.py --name=r1 --image=REGISTRY/distill:1 --topology=v5p:4x4x4 --spot \\
       [--num_slices=2] [--queue=multislice-queue] [--dry_run] -- \\
-      train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
+      train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1 \\
+      --config.train.records=gs://BUCKET/qwen2 --config.train.heldout=gs://BUCKET/qwen2/heldout
 
 launch/Dockerfile builds the image: distill-jax on its PATH and this repository as its working
 folder. --queue is a Kueue queue; clusters created by xpk have multislice-queue. A pod that is

@@ -2,7 +2,8 @@
 
   python launch/tpu_pod.py up --name=r1 --zone=us-east5-a --topology=v5p:4x4x4 --spot \\
       [--num_slices=2] [--project=P] [--keep] [--dry_run] -- \\
-      train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1
+      train --config=configs/r1_qwen_7b.py --workdir=gs://BUCKET/r1 \\
+      --config.train.records=gs://BUCKET/qwen2 --config.train.heldout=gs://BUCKET/qwen2/heldout
 
 `up` creates the slices, installs the last commit on all hosts, runs the command on them, writes
 the log of each slice to logs/NAME/SLICE.log and deletes the slices (unless --keep is set).

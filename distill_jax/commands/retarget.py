@@ -1,4 +1,4 @@
-"""Converts records to a student's tokenizer, so that a student with other tokens learns from them.
+"""Converts records to a student's tokenizer, to train a student with other tokens on them.
 
 A teacher is recorded once, in its own tokens. This command makes an ordinary store for each
 tokenizer: texts are tokenized by the student's tokenizer, and the teacher's samples are projected

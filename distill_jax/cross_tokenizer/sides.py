@@ -70,7 +70,8 @@ def student_tokenizer(named: str, pretrained: Pretrained | None) -> Tokenizer | 
   """Returns the tokenizer of the student, or None without one.
 
   Args:
-    named: Its file or folder: a path, URL or Hub id (retarget.tokenizer); "": that of the model.
+    named: Its file or folder (retarget.tokenizer), a path, a URL or hub:ORG/NAME; "": that of the
+      model.
     pretrained: The student's checkpoint; None for random weights.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Config section `on_policy`: rounds in which the student learns on texts that it has sampled."""
+"""Config section `on_policy`: rounds in which the student is trained on texts that it samples."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ class RecordsOptions:
   """Temperature of the recorded distribution."""
   student_tokenizer: str = ""
   """Tokenizer of a student that has another one than the teacher: a tokenizer.json, a sentencepiece
-  model, or a folder with one of them; a path, URL or Hub id. The text is packed in the teacher's
-  tokens, and recorded in the student's, with the teacher's exact distributions over them; see
-  `retarget` for further keys. "": the teacher's tokenizer."""
+  model, or a folder with one of them; a path, a URL or hub:ORG/NAME. The text is packed in the
+  teacher's tokens, and recorded in the student's, with the teacher's exact distributions over them;
+  see `retarget` for further keys. "": the teacher's tokenizer."""
   taps: tuple[int, ...] = ()
   """Teacher layers whose features are stored, in int8, for feature losses; () for none."""
   tap_kind: str = "hidden"

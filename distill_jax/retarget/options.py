@@ -16,7 +16,7 @@ class RetargetOptions:
   data.buckets are converted too."""
   tokenizer: str = ""
   """Tokenizer of the student: a tokenizer.json, a sentencepiece model, or a folder with one of
-  them; a path, URL or Hub id. "": that of student.source."""
+  them; a path, a URL or hub:ORG/NAME. "": that of student.source."""
   seq_len: int = 0
   """Length of the sequences of the result. Tokens of a sequence that do not fit are cut, and
   counted. 0: the smallest multiple of 128 that holds every row of a sample of the stores; with
