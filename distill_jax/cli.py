@@ -11,7 +11,6 @@ import difflib
 import errno
 import json
 import os
-import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -223,23 +222,20 @@ def parse(argv: list[str]) -> Config:
   from absl import flags as absl_flags
 
   from distill_jax import config as configs
-  from distill_jax import flags
+  from distill_jax import flag_errors, flags
 
-  pairs = zip(argv, [*argv[1:], ""], strict=True)
-  named = [after for arg, after in pairs if arg == "--config"]
-  named += [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
-  if not named:
+  if not (named := flag_errors.config_of(argv)):
     raise InputError("--config is missing. Name a file, e.g. --config=configs/demo.py.")
-  file = Path(named[-1].partition(":")[0])  # FILE, or FILE:ARGUMENT
+  file = Path(named.partition(":")[0])  # FILE, or FILE:ARGUMENT
   if not file.is_file():
-    raise InputError(f"The config {named[-1]} does not exist. {_nearest_file(file)}")
+    raise InputError(f"The config {named} does not exist. {_nearest_file(file)}")
   sys.path.append(str(file.parent))  # it may import its neighbours
   for name in [name for name in absl_flags.FLAGS if name.startswith("config.")]:
     delattr(absl_flags.FLAGS, name)  # an override of a config that was read before
   try:
     config = _read_flags(argv)
   except (OSError, ImportError, SyntaxError) as error:
-    raise InputError(f"The config {named[-1]} does not run: {_one_line(error)}.") from error
+    raise InputError(f"The config {named} does not run: {flag_errors.one_line(error)}.") from error
   resolved = configs.resolve(config)
   flags_given: dict[str, Any] = {
     "topology": flags.TOPOLOGY.value,
@@ -262,13 +258,13 @@ def _read_flags(argv: list[str]) -> Any:
   """
   from absl import flags as absl_flags
 
-  from distill_jax import flags
+  from distill_jax import flag_errors, flags
 
   try:
     rest = absl_flags.FLAGS(argv)
     config = flags.CONFIG.value
-  except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise InputError(_flag_error(argv, error)) from error
+  except (absl_flags.Error, *flag_errors.RAISED) as error:
+    raise InputError(flag_errors.message(argv, error)) from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is neither a verb nor a flag. Flags begin with --.")
   return config
@@ -289,46 +285,6 @@ def _nearest_file(file: Path) -> str:
   there = [str(path) for path in files if not path.name.startswith("_")]
   near = difflib.get_close_matches(str(file), there, 1)
   return f"Did you mean {near[0]}?" if near else "Name a file such as configs/demo.py."
-
-
-def _flag_error(argv: list[str], error: Exception) -> str:
-  """Returns the message for an error of absl's: the first config key or value that it names."""
-  from distill_jax import config_reference as reference
-
-  text = " ".join(map(str, error.args)) or str(error)
-  for arg in argv:
-    key, _, value = arg.removeprefix("--config.").partition("=")
-    if not arg.startswith("--config.") or not any(part in text for part in key.split(".")):
-      continue
-    field = reference.settable(key)
-    if field is None:
-      near = reference.nearest_setting(key)
-      hint = f"Did you mean --config.{near}?" if near else "`distill-jax help config` lists keys."
-      return f"Config key {key!r} does not exist. {hint}"
-    if f"--config.{key}=" in text:
-      if "dots in field names" in text:
-        return f"{key} is {value!r}; expected names without dots. Rename the entry."
-      kind = reference.type_of(field)
-      return f"{key} is {value!r}; expected {kind}. `distill-jax help {key}` explains it."
-    entry = key.rpartition(".")[0]
-    if f"'{entry.rpartition('.')[2]}'" in text:  # a key of an entry that the config lacks
-      named = re.search(r'Did you mean "(\w+)"', text)
-      hint = f"Did you mean {named[1]!r}?" if named else "The config file names the entries."
-      return f"Config key {key!r} does not exist: the config has no entry {entry!r}. {hint}"
-  if "Traceback" in text:  # the config file raised it
-    reason = text.strip().splitlines()[-1]
-    file = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-    return f"The config {file.partition('=')[2]} does not run: {reason}"
-  if "get_config" in text:
-    return "The config file has no function get_config. Start from a file such as configs/demo.py."
-  if unknown := re.match(r"Unknown command line flag '([^']*)'(?:.*: (\w+))?", text):
-    hint = f"Did you mean --{unknown[2]}?" if unknown[2] else "`distill-jax help` lists the flags."
-    return f"--{unknown[1]} is not a flag. {hint}"
-  return _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -290,6 +290,8 @@ def _check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
       near = difflib.get_close_matches(key, known, 1)
       where = f"the keys of {path}" if path else "the sections"
       hint = f"did you mean {near[0]!r}?" if near else f"{where} are {', '.join(known)}."
+      if "parameters" in known and not near:
+        hint += f" A parameter of the divergence is set by parameters={{{key!r}: VALUE}}."
       raise InputError(f"Config key {_join(path, key)!r} is unknown; {hint}")
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,6 +209,19 @@ def find(name: str) -> list[str]:
   if entry_names := [e for e in named if e.partition(".")[0] in ENTRY_CLASSES]:
     return entry_names
   return list(dict.fromkeys([*named, *(k for k in known if k.endswith(f".{name}"))]))
+
+
+def mentions(name: str) -> list[Key]:
+  """Returns the keys with a word in their names, or with the phrase in their meanings.
+
+  Args:
+    name: The word, e.g. "lr", or the words of a phrase with "_" between them.
+  """
+  phrase = re.escape(name.replace("_", " "))
+  word, text = re.compile(rf"(^|[._]){phrase}($|[._])"), re.compile(rf"\b{phrase}\b", re.I)
+  return [
+    k for k in all_keys() if word.search(k.dotted) or text.search(" ".join(k.field.doc.split()))
+  ]
 
 
 def nearest(name: str, extra: tuple[str, ...] = ()) -> list[str]:

@@ -133,6 +133,7 @@ def test_unknown_key_on_the_command_line(at):
       "--config.losses.soft.weigth=1",
       "'losses.soft.weigth' does not exist. Did you mean --config.losses.soft.weight?",
     ),
+    ("--config.losses.soft.beta=0.3", "set by --config.losses.soft.parameters=\"{'beta': 0.3}\"."),
     ("--config.losses.sotf.weight=1", "the config has no entry 'losses.sotf'. Did you mean 'soft'"),
     ("--workdri=x", "--workdri is not a flag. Did you mean --workdir?"),
     ("--nothing_like_it=x", "--nothing_like_it is not a flag. `distill-jax help` lists the flags."),
@@ -149,7 +150,14 @@ def test_a_wrong_flag(at, flag, message):
     ("x = 1\n", "The config file has no function get_config."),
     ("def get_config(:\n", "does not run: invalid syntax"),
     ("import nothing_of_this_name\n", "No module named 'nothing_of_this_name'"),
-    ("def get_config():\n  raise ValueError('No.')\n", "conf.py does not run: ValueError: No."),
+    (
+      "def get_config():\n  raise ValueError('No.')\n",
+      "conf.py does not run: ValueError: No (line 2",
+    ),
+    (
+      "def get_config():\n  return nothing\n",
+      "NameError: name 'nothing' is not defined (line 2 of",
+    ),
   ],
 )
 def test_a_config_file_that_does_not_run(source, message, tmp_path, capsys, monkeypatch):
@@ -161,6 +169,26 @@ def test_a_config_file_that_does_not_run(source, message, tmp_path, capsys, monk
   err = capsys.readouterr().err
   assert message in err
   assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    ("c.losses.kd.weight = 0.5", "The config has no entry losses.kd. Correct line 10 of"),
+    (
+      "c.trian.steps = 8",
+      "The config has no entry trian. Did you mean 'train'? Correct line 10 of",
+    ),
+    ("c.train.records = 'x'", "error: train.records is 'x'; expected a tuple. Correct line 10 of"),
+    ("c.train.steps = 10.0", "error: train.steps is 10.0; expected an integer. Correct line 10 of"),
+    ("c.losses = [3]", "error: losses is [3]; expected a section with keys. Correct line 10 of"),
+    ("c.losses.a = config.loss('kl')", "error: distill_jax/losses has no module 'kl'."),
+    ("c.losses.a = config.loss('kd', temperatur=2)", "error: Config key 'losses.kd.temperatur' is"),
+    ("c.losses.a = config.loss('kd', beta=2)", "is set by parameters={'beta': VALUE}."),
+  ],
+)
+def test_a_mistake_in_a_config_file(at, line, message):
+  assert message in at("record", f"from distill_jax import config; {line}".replace("; ", "\n  "))
 
 
 def test_the_topology_for_preflight_is_a_flag_or_a_key(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ LAYERS = (
   ("preflight", "report"),
   ("evals", "efficiency", "pruning", "recipe", "retokenize", "deployment"),
   ("commands",),
-  ("flags",),
+  ("flags", "flag_errors"),
   ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

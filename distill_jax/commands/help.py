@@ -32,6 +32,7 @@ Examples:
   distill-jax help train.steps      one key; its last part is enough if that is unique
   distill-jax help optim            a section of the config
   distill-jax help losses           the losses; `help kd` explains one of them
+  distill-jax help learning_rate    the keys that mention the learning rate
   distill-jax help config           every key of the config"""
 
 
@@ -55,6 +56,9 @@ def explain(word: str) -> str:
   if word == "config":
     return "\n".join(list_line(key.dotted, key.field) for key in config_reference.all_keys())
   found = config_reference.find(word)
+  if not found and (keys := config_reference.mentions(word)):
+    lines = [f"{word!r} is not a key. These keys have it in their names or meanings:", ""]
+    return "\n".join([*lines, *(list_line(key.dotted, key.field) for key in keys)])
   if not found:
     near = config_reference.nearest(word, tuple(config_reference.entries("commands")))
     hint = f"Did you mean {' or '.join(near)}?" if near else "`distill-jax help config` lists keys."

@@ -56,7 +56,7 @@ class Line:
     try:
       return json_io.decode_utf8(self.raw, self.offset)
     except InputError as e:
-      raise InputError(f"{self.file}: {e} Convert the file to UTF-8.") from e
+      raise InputError(f"{self.file}: {e}") from e
 
   def object(self) -> JsonObject:
     """Returns the JSON object on the line.

@@ -287,21 +287,21 @@ def _utf8(raw: bytes, where: str) -> str:
   try:
     return json_io.decode_utf8(raw)
   except InputError as e:
-    raise InputError(f"{where}: {e} Convert the file to UTF-8.") from e
+    raise InputError(f"{where}: {e}") from e
 
 
 def _string(record: JsonObject, field: str, where: str) -> str:
   """Returns the text in one field; bytes (from TFDS) are decoded as UTF-8."""
   if field not in record:
     names = ", ".join(map(repr, record)) or "no fields"
-    raise InputError(f"{where} has no field {field!r} (it has {names}). Name another field.")
+    raise InputError(f"{where} has no field {field!r} (it has {names}). Set data.field.")
   value = record[field]
   if isinstance(value, bytes):
     return _utf8(value, f"{where}, field {field!r}")
   if not isinstance(value, str):
     kind = type(value).__name__
     raise InputError(
-      f"{where}: field {field!r} has the type {kind}; expected a string. Name another field."
+      f"{where}: field {field!r} has the type {kind}; expected a string. Set data.field."
     )
   if half := json_io.lone_surrogate(value):
     raise InputError(

@@ -272,7 +272,8 @@ def _parse(text: str, field: str) -> tuple[Any, JsonObject]:
     raise InputError(f"The line is a JSON {type(row).__name__}; expected an object.")
   if field not in row:
     names = ", ".join(map(repr, row)) or "no fields"
-    raise InputError(f"The line has no field {field!r} (it has {names}).")
+    expected = f"a field of the line, which has {names}"
+    raise bad_value("generate.field", field, expected, "Name one of them")
   if half := json_io.lone_surrogate(json.dumps(row, ensure_ascii=False)):
     raise InputError(f"The line contains half a surrogate pair, {half!r}.")
   value = row.pop(field)

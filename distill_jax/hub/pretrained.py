@@ -160,6 +160,11 @@ def _family(hf: JsonObject, path: str) -> str:
     for name in registry.names("models")
     for model_type in registry.load("models", name).HF_MODEL_TYPES
   }
+  if "model_type" not in hf and "student" in hf:  # the config of a command
+    raise InputError(
+      f"{path} is a workdir, not a model. If `train` wrote it, name it as run:{path}; if not, name "
+      "a folder in it."
+    )
   if not isinstance(model_type := hf.get("model_type"), str) or model_type not in families:
     raise InputError(
       f"{path} has model_type {model_type!r} (architectures {hf.get('architectures')}); expected "

@@ -78,4 +78,5 @@ def read_text(path: str) -> str:
   try:
     return json_io.decode_utf8(files.read(path))
   except InputError as e:
-    raise InputError(f"{path}: {e} Download the file again.") from e
+    problem = str(e).partition(". ")[0]
+    raise InputError(f"{path}: {problem}. Download the file again.") from e

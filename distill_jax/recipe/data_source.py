@@ -184,7 +184,7 @@ def _text(file: str) -> str:
   try:
     return json_io.decode_utf8(files.read(file)).removeprefix("\ufeff")
   except InputError as e:
-    raise InputError(f"{file} is not UTF-8 text. {e} Convert the file to UTF-8.") from e
+    raise InputError(f"{file}: {e}") from e
 
 
 def _lines(found: Iterable[str]) -> Iterator[jsonl.Line]:

@@ -115,10 +115,10 @@ def shared_tokenizer(data: DataOptions, models: Models) -> tuple[Tokenizer, str]
       if Path(source.name).is_dir():
         return corpus.tokenizer_of(data, source.pretrained), _file(source)
   raise InputError(
-    f"The teacher {teacher.name} and the student {student.name} have different tokenizers, so the "
-    "student cannot be trained on the teacher's token probabilities. Take a student with the "
-    "teacher's tokenizer, or generate text with the teacher (`distill-jax help generate`) and "
-    "train on that (records.kind=text)."
+    f"The teacher {teacher.name} and the student {student.name} have different tokenizers, so "
+    "`distill` cannot train on the teacher's token probabilities. Take a student with the "
+    "teacher's tokenizer, or run the single commands, with `retarget` between `record` and `train` "
+    "(`distill-jax help retarget`)."
   )
 
 

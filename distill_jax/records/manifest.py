@@ -259,7 +259,12 @@ def load(folder: str | os.PathLike) -> Manifest:
     InputError: The manifest is missing or damaged, or has an unknown format version.
   """
   if (found := find(folder)) is None:
-    raise InputError(f"{folder} has no {NAME}. Name a folder that `record` wrote.")
+    is_there = files.listing(folder) or files.folders(folder)
+    problem = f"has no {NAME}" if is_there else "is empty or does not exist"
+    action = "Name a folder that `record` finished."
+    if str(folder).endswith("/heldout"):  # see planned_stores.py
+      action = "Set records.heldout_sequences and record again, or name another folder."
+    raise InputError(f"{folder} {problem}. {action}")
   return found
 
 

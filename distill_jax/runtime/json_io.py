@@ -15,6 +15,7 @@ from distill_jax.runtime.atomic_io import atomic_write
 if TYPE_CHECKING:  # reading a store must not import jax
   from distill_jax.types import JsonObject
 
+GZIP = b"\x1f\x8b"  # the first bytes of a file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -31,7 +32,10 @@ def decode_utf8(raw: bytes, offset: int = 0) -> str:
   try:
     return raw.decode()
   except UnicodeDecodeError as e:
-    raise InputError(f"Byte {offset + e.start} is 0x{raw[e.start]:02x}, which is not UTF-8.") from e
+    if not offset and raw.startswith(GZIP):
+      raise InputError("The file is compressed with gzip. Unpack it.") from e
+    byte = f"Byte {offset + e.start} is 0x{raw[e.start]:02x}"
+    raise InputError(f"{byte}, which is not UTF-8. Convert the file to UTF-8.") from e
 
 
 def lone_surrogate(text: str) -> str | None:

@@ -77,6 +77,20 @@ def test_a_misspelt_word_is_refused_with_the_nearest(word, near, capsys):
   assert f"Did you mean {near}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  "word, key",
+  [
+    ("lr", "optim.peak_lr: float = 0.0003"),
+    ("learning_rate", "optim.peak_lr: float = 0.0003"),
+    ("beta", "losses.kd.parameters: dict[str, float] = {}"),
+  ],
+)
+def test_a_word_of_the_meanings_finds_its_keys(word, key, capsys):
+  text = printed(capsys, "help", word)
+  assert text.startswith(f"{word!r} is not a key. These keys have it in their names or meanings:")
+  assert f"\n{key}\n" in text
+
+
 def test_help_imports_no_jax_and_is_fast():
   """0.1 s on an idle machine; here others may be running."""
   program = "import sys; from distill_jax import cli; cli.main(['distill-jax', *sys.argv[1:]]); "

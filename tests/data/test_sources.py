@@ -113,7 +113,11 @@ def test_streams_files(tmp_path):
     (b'{"text": "a"}\n{"text": "\xff"}\n', "Byte 24 is 0xff, which is not UTF-8"),
     (b'{"text": "a"}\n{"text": "b"', "line 2 is not JSON"),
     (b'{"text": "a"}\n["b"]\n', "line 2 is a JSON list"),
-    (b'{"body": "a", "id": 1}\n', r"line 1 has no field 'text' \(it has 'body', 'id'\)"),
+    (
+      b'{"body": "a", "id": 1}\n',
+      r"line 1 has no field 'text' \(it has 'body', 'id'\). Set data.field",
+    ),
+    (gzip.compress(b'{"text": "a"}\n'), r"x\.jsonl: The file is compressed with gzip. Unpack it"),
     (b'{"text": 3}\n', "field 'text' has the type int"),
     (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
     (b"\xef\xbb\xbf{}", "line 1 is not JSON"),

@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_checkpoints import CONFIG, Counted, tensors, tokenizer_json, write_folder, write_gguf
 
+from distill_jax import config as configs
 from distill_jax.errors import InputError
 from distill_jax.hub import declared, load, read_shards
 from distill_jax.hub.pretrained import open_model
 from distill_jax.nn import layers, params, sharding
+from distill_jax.runtime.json_io import write_json
 from distill_jax.runtime.progress import Progress
 
 pytestmark = pytest.mark.smoke
@@ -226,6 +228,13 @@ def test_a_config_that_lacks_a_key_raises(tmp_path):
   del hf["intermediate_size"]
   with pytest.raises(InputError, match="lacks 'intermediate_size'"):
     open_model(str(write_folder(tmp_path, hf=hf)))
+
+
+def test_a_workdir_is_not_a_model(tmp_path):
+  """It has a config.json, too: that of the command."""
+  write_json(tmp_path / "config.json", configs.to_dict(configs.Config()))
+  with pytest.raises(InputError, match=f"is a workdir, not a model.*name it as run:{tmp_path}"):
+    open_model(str(tmp_path))
 
 
 def test_a_folder_that_is_not_a_model_raises(tmp_path):

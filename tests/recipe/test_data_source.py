@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_refused(tmp_path):
   (tmp_path / "lines.jsonl").write_text("\n")
   assert "lines.jsonl, which is empty" in refused(tmp_path / "lines.jsonl")
   (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
-  assert "latin.txt is not UTF-8 text. Byte 2 is 0xfc" in refused(tmp_path / "latin.txt")
+  assert "latin.txt: Byte 2 is 0xfc, which is not UTF-8. Convert" in refused(tmp_path / "latin.txt")
   (tmp_path / "photo.png").write_bytes(b"\x89PNG\0\0")
   assert "photo.png, which is not text" in refused(tmp_path / "photo.png")
   (tmp_path / "list.json").write_text('[{"text": "a"},\n{"text": "b"}]')

@@ -172,7 +172,7 @@ def test_tokenizers_that_differ_are_refused(tmp_path, folder):
   tiny_transformers.write_model(tmp_path / "student", layers=2, extra="<other>")
   (tmp_path / "teacher").symlink_to(folder / "teacher")
   (tmp_path / "notes.txt").symlink_to(folder / "notes.txt")
-  with pytest.raises(InputError, match=r"have different tokenizers.*records\.kind=text"):
+  with pytest.raises(InputError, match=r"have different tokenizers.*with `retarget` between"):
     planned(tmp_path)
 
 

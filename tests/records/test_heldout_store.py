@@ -126,7 +126,7 @@ def test_record_reads_packed_text_of_both_splits(both, tmp_path):
   run(c, tmp_path / "records")
   same(tmp_path / "records", both / "records")
   files.remove_tree(str(tmp_path / "packed" / "heldout"))
-  with pytest.raises(InputError, match=r"packed/heldout has no manifest.json"):
+  with pytest.raises(InputError, match="packed/heldout is empty or does not exist. Set records"):
     run(c, tmp_path / "again")
   c.data.packed, c.records.heldout_sequences = str(both / "records/packed/heldout"), 0
   with pytest.raises(InputError, match=r"has heldout_fraction=0.3, but this run has 0"):

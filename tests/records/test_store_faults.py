@@ -177,7 +177,11 @@ def test_recording_into_a_folder_with_other_settings_is_refused(copy, change, wo
 
 
 def test_missing_and_damaged_manifests_are_refused(copy, tmp_path):
-  refused(tmp_path / "nowhere", "has no manifest")
+  refused(tmp_path / "nowhere", "nowhere is empty or does not exist. Name a folder that")
+  refused(tmp_path / "heldout", "does not exist. Set records.heldout_sequences and record again")
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "file").touch()
+  refused(tmp_path / "other", "other has no manifest.json. Name a folder that `record` finished")
   text = (copy / NAME).read_text()
   for bad, word in [
     (text[: len(text) // 2], "cannot be read"),

@@ -119,7 +119,7 @@ def test_shards_of_labels_are_copied_once(tmp_path, s3):
 
 
 def test_a_store_that_is_not_there_is_named(s3, tmp_path):
-  with pytest.raises(InputError, match=f"{s3.url}/no has no manifest.json. Name a folder that"):
+  with pytest.raises(InputError, match=f"{s3.url}/no is empty or does not exist. Name a folder"):
     store.open_store(f"{s3.url}/no")
   record(tmp_path)
   url = upload(tmp_path, s3.url)

@@ -62,7 +62,7 @@ def test_a_store_that_cannot_be_converted(source, tmp_path, change, match):
   "options, match",
   [
     ({"records": ""}, "retarget.records is ''; expected the folder or URL"),
-    ({"records": "nowhere"}, "nowhere has no manifest.json"),
+    ({"records": "nowhere"}, "nowhere is empty or does not exist"),
     ({"tokenizer": ""}, "retarget.tokenizer is ''; expected the student's tokenizer, because"),
     ({"tokenizer": "nowhere"}, "nowhere does not exist"),
     ({"slice": "2/2"}, "retarget.slice is '2/2'; expected INDEX/COUNT"),

@@ -45,5 +45,5 @@ def test_files(tmp_path):
 
 def test_lone_surrogates_and_invalid_utf8_are_detected():
   assert json_io.lone_surrogate("a\udfff") == "\udfff" and json_io.lone_surrogate("a😀") is None
-  with pytest.raises(InputError, match=r"^Byte 12 is 0xff, which is not UTF-8\.$"):
+  with pytest.raises(InputError, match=r"^Byte 12 is 0xff, which is not UTF-8\. Convert"):
     json_io.decode_utf8(b"ab\xff", 10)
