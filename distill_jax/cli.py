@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # or read-only
 WITHOUT_WORKDIR = ("preflight",)  # writes nothing
-WITHOUT_LOCK = ("report",)  # reads a workdir that another command may be using
+WITHOUT_LOCK = ("inspect", "report")  # read a workdir that another command may be using
+CONFIG_OF_RUN = ("inspect",)  # take the config of the run in the workdir, unless one is given
 WITHOUT_CONFIG = ("completion", "help")  # print a text
 OWN_CONFIG = ("distill",)  # makes a config from its flags, unless one is given
 HELP_FLAGS = ("--help", "-h", "-help")
@@ -144,7 +145,10 @@ def run(argv: list[str]) -> JsonObject:
   check_verb(argv[1])
   if argv[1] in OWN_CONFIG and not any(arg.startswith("--config=") for arg in argv):
     return run_configured(registry.load("commands", argv[1]), argv[:1] + argv[2:])
-  config = parse(argv[:1] + argv[2:])  # first, because the imports of a command take seconds
+  words = argv[:1] + argv[2:]
+  if argv[1] in CONFIG_OF_RUN:
+    words[1:1] = config_of_run(words)  # before its overrides
+  config = parse(words)  # first, because the imports of a command take seconds
   from distill_jax import flags
   from distill_jax.runtime import compile_cache, distributed, storage
   from distill_jax.runtime.claim import claimed
@@ -168,6 +172,17 @@ def run(argv: list[str]) -> JsonObject:
     Workdir(folder, config, part) as workdir,
   ):
     return command.run(config, workdir)
+
+
+def config_of_run(argv: list[str]) -> list[str]:
+  """Returns the flag with the config of the run in the workdir; [] if the user names a config."""
+  from distill_jax import flag_errors
+
+  workdir = flag_errors.value_of("workdir", argv)
+  if flag_errors.value_of("config", argv) or not workdir:
+    return []
+  file = Path(__file__).parent / "runtime" / "config_of_run.py"
+  return [f"--config={file}:{workdir}"]
 
 
 def run_configured(command: Any, argv: list[str]) -> JsonObject:
@@ -224,7 +239,7 @@ def parse(argv: list[str]) -> Config:
   from distill_jax import config as configs
   from distill_jax import flag_errors, flags
 
-  if not (named := flag_errors.config_of(argv)):
+  if not (named := flag_errors.value_of("config", argv)):
     raise InputError("--config is missing. Name a file, e.g. --config=configs/demo.py.")
   file = Path(named.partition(":")[0])  # FILE, or FILE:ARGUMENT
   if not file.is_file():

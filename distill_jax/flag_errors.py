@@ -20,18 +20,18 @@ RAISED = (  # by flags, by a ConfigDict, or by the mistakes in a config file
 )
 
 
-def config_of(argv: list[str]) -> str:
-  """Returns the value of the last flag --config of a command line; "" without one."""
+def value_of(flag: str, argv: list[str]) -> str:
+  """Returns the last value of a flag on a command line; "" without one."""
   pairs = zip(argv, [*argv[1:], ""], strict=True)
-  named = [after for arg, after in pairs if arg == "--config"]
-  named += [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+  named = [after for arg, after in pairs if arg == f"--{flag}"]
+  named += [arg.partition("=")[2] for arg in argv if arg.startswith(f"--{flag}=")]
   return named[-1] if named else ""
 
 
 def message(argv: list[str], error: Exception) -> str:
   """Returns the message for an error of a command line: the first key or value that it names."""
   text = " ".join(map(str, error.args)) or str(error)
-  file = Path(config_of(argv).partition(":")[0])
+  file = Path(value_of("config", argv).partition(":")[0])
   if (found := _in_config_file(file, error)) is not None:
     return found
   for arg in argv:

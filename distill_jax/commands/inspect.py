@@ -6,6 +6,9 @@ with retarget., e.g. retarget.share.exact. inspect.sequence=N shows one sequence
 inspect.verify=True checks the digest of every shard and decodes every record. Shards of earlier
 versions have no indices (see records/shard_index.py); they are written.
 
+Without --config it has the config of the run in the workdir, if there is one. It takes any config,
+and another command may be using the workdir.
+
 Reads: the stores in the workdir. With inspect.sequence, also the tokenizer of the teacher.
 
 Writes: standard output, and the indices of shards that have none.
@@ -13,7 +16,7 @@ Writes: standard output, and the indices of shards that have none.
 Config: inspect, data, teacher.
 
 Example:
-  distill-jax inspect --config=configs/demo.py --workdir=runs/demo/records
+  distill-jax inspect --workdir=runs/demo/records --config.inspect.sequence=0
 """
 
 from __future__ import annotations
