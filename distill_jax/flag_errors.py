@@ -80,7 +80,7 @@ def _in_config_file(file: Path, error: BaseException) -> str | None:
   """Returns the message for an error that a config file raised; None for another error."""
   found: tuple[BaseException, traceback.FrameSummary] | None = None
   cause: BaseException | None = error
-  while cause is not None:  # ml_collections and absl raise errors of their own for the first one
+  while cause is not None:  # ml_collections and absl replace the first error
     frames = traceback.extract_tb(cause.__traceback__)
     if lines := [frame for frame in frames if _is_in_folder(frame.filename, file)]:
       found = cause, lines[-1]

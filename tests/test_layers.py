@@ -91,6 +91,7 @@ def test_the_root_holds_the_front_door_only():
     "config.py",
     "config_reference.py",
     "errors.py",
+    "flag_errors.py",
     "flags.py",
     "py.typed",
     "registry.py",
