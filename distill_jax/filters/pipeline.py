@@ -20,7 +20,7 @@ from pathlib import Path
 
 from distill_jax import filters as filters_package
 from distill_jax import registry
-from distill_jax.errors import InputError, bad_value
+from distill_jax.errors import InputError, Unavailable, bad_value
 from distill_jax.filters import _compare, _judge, _segments, _verdicts
 from distill_jax.filters._base import ComparingFilter, Filter
 from distill_jax.filters._judge import OUTPUTS, Chain
@@ -105,9 +105,13 @@ class Run:
     if not summary.is_file():
       return None
     found = json_io.read_object(summary, "Delete it and run filter again")
-    if found.get("source") != source:
+    if found.get("source") != source or not self._has_outputs():
       return None
     return {key: found[key] for key in ("samples", "kept", "rejected", "rejected_by")}
+
+  def _has_outputs(self) -> bool:
+    names = {segment.file for segment in self._segments}
+    return all(names <= files.listing(self._path(folder)).keys() for folder in OUTPUTS)
 
   def _judge(self, stop: distributed.Preemption) -> None:
     """Writes the verdicts on the segments of this call that lack them."""
@@ -134,6 +138,10 @@ class Run:
     if (again := _compare.repeated_prompt([verdicts.prompts])) is not None:
       raise _not_together(segment, again[1])
     _judge.check_unchanged(segment)
+    if files.info(self._path(SUMMARY)) is not None:  # it was removed when this call began
+      raise Unavailable(
+        f"Another run has filtered the samples at {self._root}. Run the same command again."
+      )
     for name in OUTPUTS:
       files.remove(self._path(name, segment.file))
     verdicts.write(self._verdicts_of(segment))

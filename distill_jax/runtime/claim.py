@@ -6,6 +6,9 @@ counter that grows every BEAT seconds. A run that finds such a file watches it f
 it changes, its run is alive, and the new one is refused; otherwise that run was killed, and the new
 one takes the folder. Times are not compared, so clocks may differ between hosts. If a run was
 silent for so long and its lease was taken, it publishes nothing more and stops at its next step.
+
+A run of a part of the work has a lease of its own, `.run` and the name of the part. Runs of several
+parts share a folder with one another, but not with a run of the whole.
 """
 
 from __future__ import annotations
@@ -93,61 +96,85 @@ class _Lease:
 
   def __init__(self, url: str, part: str):
     self._url, self._run = url, uuid.uuid4().hex
-    self._file = files.join(url, LEASE + part)
+    self._whole, self._file = files.join(url, LEASE), files.join(url, LEASE + part)
     self._beats, self._ended = 0, threading.Event()
     self._thread = threading.Thread(target=self._beat_regularly, daemon=True)
 
   def take(self) -> None:
-    found = self._read()
-    if found is not None:
+    found = self._excluding()
+    for lease in found.values():
       print(
-        f"{self._url} was in use by {found['by']}. Whether that run is alive is known in "
+        f"{self._url} was in use by {lease['by']}. Whether that run is alive is known in "
         f"{WATCH:.0f} s.",
         file=sys.stderr,
       )
     deadline = time.monotonic() + WATCH
-    while found is not None and time.monotonic() < deadline:
+    while found and time.monotonic() < deadline:
       time.sleep(min(1.0, WATCH))
-      now = self._read()
-      if now is None:
-        raise Unavailable(f"A run at {self._url} has just ended. Run the command again.")
-      if now != found:
-        raise InputError(
-          f"{self._url} is in use by {found['by']}. Wait for that run, or choose another --workdir."
-        )
+      for file, lease in list(found.items()):
+        now = _read(file)
+        if now is None and file == self._file:
+          raise Unavailable(f"A run at {self._url} has just ended. Run the command again.")
+        if now is None:  # it has ended, or runs of several parts have watched it
+          del found[file]
+        elif now != lease:
+          raise InputError(
+            f"{self._url} is in use by {lease['by']}. Wait for that run, or choose another "
+            "--workdir."
+          )
     self._write()
+    for file in found.keys() - {self._file}:
+      files.remove(file)
     self._thread.start()
+
+  def _excluding(self) -> dict[str, dict]:
+    """Returns the leases of runs that this one must not share the folder with, by file."""
+    if self._file == self._whole:
+      names = files.listing(self._url, f"{LEASE}*")
+      found = {file: _read(file) for file in (files.join(self._url, name) for name in names)}
+    else:
+      found = {file: _read(file) for file in (self._whole, self._file)}
+    return {file: lease for file, lease in found.items() if lease is not None}
 
   def release(self) -> None:
     self._ended.set()
     self._thread.join()
     with contextlib.suppress(Unavailable, InputError):
-      if self._is_ours():
+      if self._is_in_file():
         files.remove(self._file)
 
   def _beat_regularly(self) -> None:
+    is_lost = False
     while not self._ended.wait(BEAT):
       try:
-        if self._is_ours():
+        if not is_lost and self._is_in_file() and not self._is_superseded():
           self._write()
-        else:
-          mirror.abandon(self._url)
-          print(f"Another run has taken {self._url}. This run stops.", file=sys.stderr)
-          distributed.Preemption.request()
-          return
+          continue
       except Exception as e:  # a lease that is not renewed can be lost, which the next beat shows
         print(f"The lease {self._file} is not renewed: {e}", file=sys.stderr)
+        continue
+      if not is_lost:
+        print(f"Another run has taken {self._url}. This run stops.", file=sys.stderr)
+      is_lost = True
+      mirror.abandon(self._url)  # again at every beat, for what has begun since
+      distributed.Preemption.request()
 
-  def _is_ours(self) -> bool:
-    found = self._read()
-    return found is None or found.get("run") == self._run
+  def _is_in_file(self) -> bool:
+    found = _read(self._file)
+    return found is not None and found.get("run") == self._run
 
-  def _read(self) -> dict | None:
-    if files.info(self._file) is None:
-      return None
-    return json_io.parse_object(files.read(self._file), self._file, "Delete the file")
+  def _is_superseded(self) -> bool:
+    """Returns True for a run of a part, if a run of the whole has begun at the same time."""
+    return self._file != self._whole and _read(self._whole) is not None
 
   def _write(self) -> None:
     self._beats += 1
     by = f"process {os.getpid()} of {socket.gethostname()}"
     files.write(self._file, json.dumps({"run": self._run, "by": by, "beat": self._beats}).encode())
+
+
+def _read(file: str) -> dict | None:
+  """Returns the content of a lease, or None if it does not exist."""
+  if files.info(file) is None:
+    return None
+  return json_io.parse_object(files.read(file), file, "Delete the file")

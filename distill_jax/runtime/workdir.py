@@ -63,7 +63,7 @@ class Workdir:
 
   It writes config.json and versions.json. A run of several processes holds one lock. If the first
   command in a folder raises InputError before it has written anything there, the two files are
-  removed, so that the corrected command can use the folder.
+  removed, so that the corrected command can use the folder. A run of a part leaves them to others.
 
   Args:
     path: The folder, which is created if it does not exist.
@@ -116,7 +116,8 @@ class Workdir:
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     if self._locks is None:
       return
-    if kind is not None and issubclass(kind, InputError) and self._before == self._files():
+    is_refused = kind is not None and issubclass(kind, InputError) and not self._part
+    if is_refused and self._before == self._files():  # other parts may share config.json
       (self.path / "config.json").unlink()
       (self.path / "versions.json").unlink()
     self._locks.close()

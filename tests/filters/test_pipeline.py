@@ -10,7 +10,7 @@ from tiny_samples import a_sample
 
 from distill_jax import config
 from distill_jax.commands.filter import run as filter_samples
-from distill_jax.errors import InputError, Preempted
+from distill_jax.errors import InputError, Preempted, Unavailable
 from distill_jax.filters import _judge, _segments, pipeline
 from distill_jax.filters._segments import Range
 from distill_jax.runtime import distributed, files
@@ -170,6 +170,31 @@ def test_slices_without_a_comparing_filter_write_their_outputs(tmp_path, small_s
   filter_samples(config.resolve(c), tmp_path / "slices")
   numbers = {name.rpartition("/")[2] for name in contents(tmp_path / "slices")}
   assert numbers and all(int(number[:5]) % 2 for number in numbers)
+
+
+def test_a_slice_that_ends_after_the_whole_removes_nothing(tmp_path, small_segments, monkeypatch):
+  """A machine that was silent for a time can be late; claim.py keeps others apart."""
+  samples, real = a_folder(tmp_path, some_lines(7, prompts=12)), _judge.judge
+  want = filter_samples(a_config(samples), tmp_path / "whole")
+
+  def late(chain, piece):
+    monkeypatch.setattr(_judge, "judge", real)
+    assert filter_samples(a_config(samples), tmp_path / "run") == want
+    return real(chain, piece)
+
+  monkeypatch.setattr(_judge, "judge", late)
+  with pytest.raises(Unavailable, match="Another run has filtered the samples at"):
+    filter_samples(a_config(samples, slice="0/2"), tmp_path / "run")
+  assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_outputs_that_are_missing_are_written_again(tmp_path, small_segments, output):
+  samples, run = a_folder(tmp_path, some_lines(7, prompts=12)), tmp_path / "run"
+  want, before = filter_samples(a_config(samples), run), contents(run)
+  (run / output / "00001.jsonl").unlink()
+  assert filter_samples(a_config(samples), run) == want
+  assert contents(run) == before
 
 
 def test_changed_samples_are_filtered_again_and_the_others_are_not(

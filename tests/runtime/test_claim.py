@@ -36,6 +36,17 @@ def left_behind(url):
   )
 
 
+def leases(url):
+  return set(files.listing(url, ".run*"))
+
+
+def wait_for(is_true):
+  deadline = time.monotonic() + 20
+  while not is_true():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
 def test_a_second_run_at_a_url_is_refused_while_the_first_is_alive(url, capsys):
   with claimed(url):
     with pytest.raises(InputError, match=f"{url} is in use by process {os.getpid()} of .* Wait"):
@@ -62,16 +73,58 @@ def test_a_run_that_ends_while_it_is_watched_is_told(url):
 
 def test_a_run_whose_lease_was_taken_publishes_nothing_more_and_stops(url, tmp_path, capsys):
   with claimed(url), storage.Synced(url) as folder, distributed.Preemption() as preemption:
-    left_behind(url)
-    deadline = time.monotonic() + 20
-    while not preemption.reached():
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
+    # It is written again and again, because a beat that has begun replaces it.
+    wait_for(lambda: left_behind(url) or preemption.reached())
     (folder / "late").write_text("1")
   assert f"Another run has taken {url}. This run stops." in capsys.readouterr().err
   assert files.info(files.join(url, "late")) is None
   assert json.loads(files.read(files.join(url, claim.LEASE)))["run"] == "x"
   assert not mirror._OPEN
+
+
+def test_a_loss_that_is_noticed_before_the_work_begins_stops_it(url, capsys):
+  with claimed(url):
+    # E.g. while weights are read.
+    wait_for(lambda: left_behind(url) or "This run stops." in capsys.readouterr().err)
+    with storage.Synced(url) as folder, distributed.Preemption() as preemption:
+      wait_for(preemption.reached)
+      (folder / "late").write_text("1")
+  assert files.info(files.join(url, "late")) is None
+
+
+def test_parts_share_a_url_but_not_with_the_whole(url):
+  with claimed(url, "-0-2"), claimed(url, "-1-2"):
+    for part in ("", "-1-2"):
+      with pytest.raises(InputError, match="is in use by process"):
+        claimed(url, part).__enter__()
+  with claimed(url), pytest.raises(InputError, match="is in use by process"):
+    claimed(url, "-1-2").__enter__()
+  assert not leases(url)
+
+
+@pytest.mark.parametrize(("killed", "part"), [("-0-2", ""), ("", "-0-2")])
+def test_the_lease_of_a_killed_part_or_whole_is_taken(url, killed, part, capsys):
+  """The killed run, which may only have been silent, finds that its lease is gone, and stops."""
+  monitor = claim._Lease(url, killed)
+  monitor._write()
+  with claimed(url, part):
+    assert leases(url) == {claim.LEASE + part}
+    monitor._thread.start()
+    wait_for(lambda: "This run stops." in capsys.readouterr().err)
+    monitor.release()
+    assert leases(url) == {claim.LEASE + part}
+
+
+def test_a_part_that_begins_with_the_whole_at_the_same_time_stops(url, monkeypatch, capsys):
+  part = claim._Lease(url, "-0-2")
+  part.take()
+  whole = claim._Lease(url, "")
+  monkeypatch.setattr(whole, "_excluding", dict)  # neither has seen the other
+  whole.take()
+  wait_for(lambda: "This run stops." in capsys.readouterr().err)
+  part.release()
+  assert leases(url) == {claim.LEASE}
+  whole.release()
 
 
 def processes(tmp_path, workdirs, verb="record", flags=()):

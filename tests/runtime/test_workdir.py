@@ -31,6 +31,13 @@ def test_a_refused_command_leaves_the_folder_to_the_corrected_one(tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+def test_a_refused_part_leaves_the_config_of_the_other_parts(tmp_path):
+  """At a URL, each machine sees only its own mirror, so it does not know whether there are others."""
+  with pytest.raises(InputError, match="wrong"), Workdir(tmp_path, a_config(seed=1), "-0-2"):
+    raise InputError("A key is wrong.")
+  assert (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("error", [InputError, FloatingPointError, KeyboardInterrupt])
 def test_a_run_that_has_written_something_keeps_its_folder(tmp_path, error):
   with pytest.raises(error), Workdir(tmp_path, a_config(seed=1)) as folder:
