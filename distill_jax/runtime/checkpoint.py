@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from distill_jax.errors import InputError
-from distill_jax.runtime import extras, orbax_s3, retries, storage
+from distill_jax.runtime import checksums, extras, orbax_s3, retries, storage
 from distill_jax.types import JsonObject, PyTree
 
 with extras.needed("train"):
@@ -53,7 +51,7 @@ def manager(
   if every:
     policies.append(policy.EveryNSteps(every))
   options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(policies))
-  return ocp.CheckpointManager(_directory(workdir), options=options)
+  return _opened(_directory(workdir), options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,48 +150,6 @@ def params_digest(params: PyTree) -> str:
   return _sha256(_array_records({PARAMS + path: x for path, x in _leaves_by_path(params)}))
 
 
-def checksums(tree: PyTree) -> PyTree:
-  """Returns a checksum of each array: two uint32, the sums of hashed elements.
-
-  The bits of each element are hashed with its index by bijections, so that a change of one element
-  always changes the sums. Sums modulo 2^32 do not depend on the order of addition, so that the
-  checksum is the same on every mesh.
-  """
-  # One array at a time: arrays of one shape share a program, and concurrent programs over all
-  # devices can deadlock on CPU.
-  return jax.tree.map(lambda x: np.asarray(part_sums(x)), tree)
-
-
-@jax.jit
-def part_sums(x: jax.Array, start: jax.Array | None = None) -> jax.Array:
-  """Returns the part of an array's checksum that its elements from index `start` on make up.
-
-  The checksum of the array is the sum, modulo 2^32, of those of its parts.
-  """
-  bits = x.view(f"uint{8 * x.dtype.itemsize}") if x.dtype != bool else x
-  bits = bits.astype(jnp.uint32)
-  for axis in range(x.ndim):
-    place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    if start is not None:
-      place = place + start[axis]
-    bits = _scramble(bits + place * jnp.uint32(0x9E3779B1))
-  # Two sums in one reduction take a sixth of the time of two reductions on a CPU.
-  both, zeros = (_scramble(bits), _scramble(bits ^ 1)), (jnp.uint32(0), jnp.uint32(0))
-  sums = jax.lax.reduce(both, zeros, _add, range(x.ndim))
-  return jnp.stack(sums)
-
-
-def _add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple:
-  return a[0] + b[0], a[1] + b[1]
-
-
-def _scramble(x: jax.Array) -> jax.Array:
-  """Returns the finaliser of MurmurHash3 (Appleby, public domain), a bijection of uint32."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
-
-
 def _read(saves: ocp.CheckpointManager, step: int, prefix: str, abstract: PyTree) -> PyTree:
   """Returns the arrays under a prefix in the structure of `abstract`, after checking them."""
   expected = {prefix + path: leaf for path, leaf in _leaves_by_path(abstract)}
@@ -263,7 +219,7 @@ def read_metadata(saves: ocp.CheckpointManager, step: int) -> JsonObject:
 
 def _array_records(flat: dict[str, jax.Array]) -> JsonObject:
   """Returns the dtype, shape and checksum of each array, by path."""
-  sums = checksums(flat)
+  sums = checksums.of_arrays(flat)
   return {
     path: {"is": _dtype_and_shape(x), "sums": [int(n) for n in sums[path]]}
     for path, x in flat.items()
@@ -289,10 +245,19 @@ def _directory(workdir: str | Path) -> epath.Path:
 @contextmanager
 def open_run(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
   folder = _directory(workdir)
-  if not folder.is_dir():
+  with retries.store_errors(f"{folder} cannot be read", str(folder)):
+    exists = folder.is_dir()
+  if not exists:
     raise InputError(f"{workdir} does not hold checkpoints. Train there first.")
-  with ocp.CheckpointManager(folder) as saves:
+  with _opened(folder) as saves:
     yield saves
+
+
+def _opened(
+  folder: epath.Path, options: ocp.CheckpointManagerOptions | None = None
+) -> ocp.CheckpointManager:
+  with retries.store_errors(f"{folder} cannot be opened", str(folder)):
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def existing_step(saves: ocp.CheckpointManager, step: int | None) -> int:
@@ -308,27 +273,43 @@ def existing_step(saves: ocp.CheckpointManager, step: int | None) -> int:
 
 @contextmanager
 def _writing(saves: ocp.CheckpointManager) -> Iterator[None]:
-  """Turns errors of writing, also those of the previous background save, into InputErrors."""
+  """Turns errors of writing, also those of the previous background save, into ours.
+
+  Raises:
+    InputError: The disk is full, or the folder or store refuses access.
+    Unavailable: A store is down.
+  """
+  failure = f"A checkpoint cannot be written to {saves.directory}"
   try:
-    yield
+    with retries.store_errors(failure, str(saves.directory)):
+      yield
+  except InputError:
+    raise
   except (ValueError, OSError) as e:  # tensorstore raises ValueErrors
     raise InputError(
-      f"A checkpoint cannot be written to {saves.directory} ({str(e).splitlines()[0][-200:]}). "
+      f"{failure} ({str(e).splitlines()[0][-200:]}). "
       "Free space, or choose another --workdir, and run again; earlier checkpoints are intact."
     ) from e
 
 
 @contextmanager
 def reading(saves: ocp.CheckpointManager, step: int) -> Iterator[None]:
-  """Turns errors that orbax raises on a damaged checkpoint, and no others, into an InputError."""
-  try:
-    yield
-  except Exception as e:  # orbax raises many classes on flipped bytes, Exception included
-    cause = e.__cause__ or e
-    if retries.has_other_cause(cause, str(saves.directory)):  # moving it away would lose a run
-      raise
-    why = " ".join(str(cause).split())[:200] or type(cause).__name__
-    raise damage_error(saves, step, why.removesuffix(".")) from e
+  """Turns errors that orbax raises on a damaged checkpoint, or for a store that is down, into ours.
+
+  Raises:
+    InputError: The checkpoint is damaged, or a store refuses access.
+    Unavailable: A store is down.
+  """
+  folder = saves.directory / str(step)
+  with retries.store_errors(f"Checkpoint {folder} cannot be read", str(folder)):
+    try:
+      yield
+    except Exception as e:  # orbax raises many classes on flipped bytes, Exception included
+      cause = e.__cause__ or e
+      if retries.has_other_cause(cause, str(folder)):  # moving it away would lose a run
+        raise
+      why = " ".join(str(cause).split())[:200] or type(cause).__name__
+      raise damage_error(saves, step, why.removesuffix(".")) from e
 
 
 def damage_error(saves: ocp.CheckpointManager, step: int, why: str) -> InputError:

@@ -6,12 +6,13 @@ access, are raised at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from distill_jax.errors import InputError, Unavailable
@@ -35,13 +36,9 @@ NETWORK_PACKAGES = {
 LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE)
 REFUSED = ("forbidden", "unauthorized", "access denied", "accessdenied", "permission denied")
 # Statuses in the texts of tensorstore's and XLA's errors that do not mean damage.
-OTHER_CAUSES = (
-  "DEADLINE_EXCEEDED",
-  "PERMISSION_DENIED",
-  "RESOURCE_EXHAUSTED",
-  "UNAUTHENTICATED",
-  "UNAVAILABLE",
-)
+PASSING = ("DEADLINE_EXCEEDED", "UNAVAILABLE")
+REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+OTHER_CAUSES = (*PASSING, *REFUSALS, "RESOURCE_EXHAUSTED")
 NOT_PASSING = (
   FileExistsError,
   FileNotFoundError,
@@ -135,6 +132,52 @@ def has_other_cause(e: BaseException, path: str) -> bool:
   if isinstance(e, OSError) and e.errno in LOCAL_FAULTS:
     return True
   return isinstance(e, MemoryError) or ("://" in path and may_pass(e))
+
+
+@contextlib.contextmanager
+def store_errors(failure: str, path: str) -> Iterator[None]:
+  """Context manager for a library that reads or writes a store with retries of its own.
+
+  It changes no errors if the path is not a URL.
+
+  Args:
+    failure: A clause that names the failure; see `retry`.
+    path: The path or URL.
+
+  Raises:
+    InputError: The store refuses access.
+    Unavailable: The block raised an error that may pass.
+  """
+  try:
+    yield
+  except (InputError, Unavailable):
+    raise
+  except Exception as e:
+    causes = [e]
+    while isinstance(cause := causes[-1].__cause__, Exception):
+      causes.append(cause)
+    if "://" not in path:
+      raise
+    if any(is_refused(c) or _has_status(c, REFUSALS) for c in causes):
+      raise refused(failure, e) from e
+    if any(may_pass(c) or _has_status(c, PASSING) or _is_busy(c) for c in causes):
+      raise Unavailable(
+        f"{failure} ({reason(e)}). Run the command again when the store is available; finished "
+        "work is kept."
+      ) from e
+    raise
+
+
+def _has_status(e: BaseException, statuses: tuple[str, ...]) -> bool:
+  return any(status in str(e) for status in statuses)
+
+
+def _is_busy(e: BaseException) -> bool:
+  """Returns True for tensorstore's error of a store with too many requests.
+
+  XLA's error for the memory of a device has the same status, and is a RuntimeError.
+  """
+  return isinstance(e, ValueError) and "RESOURCE_EXHAUSTED" in str(e)
 
 
 def reason(e: BaseException) -> str:

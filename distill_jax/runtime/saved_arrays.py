@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax.runtime import checkpoint, distributed, extras, orbax_s3
+from distill_jax.runtime import checkpoint, checksums, distributed, extras, orbax_s3
 from distill_jax.types import JsonObject
 
 with extras.needed("train"):
@@ -25,7 +25,7 @@ with extras.needed("train"):
 
 CACHE_BYTES = 256 * 2**20
 REQUESTS = 32  # at a time
-Sums = dict[str, list[int]]  # checksums of parts of arrays, by `key`; see checkpoint.part_sums
+Sums = dict[str, list[int]]  # checksums of parts of arrays, by `key`; see checksums.part_sums
 AGAIN = "#"
 
 
@@ -85,7 +85,7 @@ class SavedArrays:
         x = future.result()
       start = np.array([s.start for s in index], np.uint32)
       with jax.default_device(distributed.host_device()):
-        add(sums, {path: [int(n) for n in np.asarray(checkpoint.part_sums(x, start))]})
+        add(sums, {path: [int(n) for n in np.asarray(checksums.part_sums(x, start))]})
       return x
 
     return finish

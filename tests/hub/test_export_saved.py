@@ -18,7 +18,7 @@ from distill_jax.hub import declared, export, export_folder, tensors
 from distill_jax.models import llama
 from distill_jax.nn import layers, params, quantise, sharding
 from distill_jax.nn.quantise import QuantiseOptions
-from distill_jax.runtime import checkpoint, remote_files, saved_arrays
+from distill_jax.runtime import checkpoint, checksums, remote_files, saved_arrays
 
 ROOT = Path(__file__).parents[2]
 EXTRA = {"tokenizer": None, "generation": {}, "card": "# card\n"}
@@ -173,7 +173,7 @@ def test_a_wrong_value_is_found_by_the_checksum_of_all_slices(
       sums.clear(), sums.update(path_sums)
       x.view(np.uint32).reshape(-1)[3] ^= 1
       start = np.array([s.start for s in index], np.uint32)
-      found = checkpoint.part_sums(x, start)
+      found = checksums.part_sums(x, start)
       saved_arrays.add(sums, {path: [int(n) for n in np.asarray(found)]})
       return lambda: x
     return finish

@@ -32,7 +32,7 @@ def test_a_refused_command_leaves_the_folder_to_the_corrected_one(tmp_path):
 
 
 def test_a_refused_part_leaves_the_config_of_the_other_parts(tmp_path):
-  """At a URL, each machine sees only its own mirror, so it does not know whether there are others."""
+  """At a URL, a machine sees its own mirror only, and not the other parts."""
   with pytest.raises(InputError, match="wrong"), Workdir(tmp_path, a_config(seed=1), "-0-2"):
     raise InputError("A key is wrong.")
   assert (tmp_path / "config.json").exists()
