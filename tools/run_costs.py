@@ -81,7 +81,8 @@ def retarget(tokens: float, cores: int) -> Cost:
   size, shards = tokens * RECORD_BYTES, tokens / 2**18
   hours = tokens * RETARGET_SECONDS / cores / 3600
   reads = size / STREAM_BYTES + shards
-  return Cost(size, size, reads, 3 * shards, hours, cores * CORE_HOUR)
+  writes = 4 * shards  # records, index, note and statistics
+  return Cost(size, size, reads, writes, hours, cores * CORE_HOUR)
 
 
 def train(

@@ -31,7 +31,7 @@ from distill_jax.data import corpus, tokenizers
 from distill_jax.data.tokenizers import Tokenizer
 from distill_jax.errors import bad_value
 from distill_jax.hub.export import export_model
-from distill_jax.hub.export_folder import check_new
+from distill_jax.hub.export_folder import check_new, result_of
 from distill_jax.hub.locate import locate
 from distill_jax.hub.pretrained import IDS
 from distill_jax.hub.weights import float_dtype
@@ -67,8 +67,8 @@ def run(config: Config, workdir: Path) -> JsonObject:
       are read.
   """
   options = config.retokenize
-  if (workdir / RESULT).exists():  # an earlier command has finished
-    return json_io.read_object(workdir / RESULT, "delete it and run retokenize again")
+  if (earlier := result_of(workdir / RESULT, "retokenize")) is not None:
+    return earlier
   float_dtype(options.dtype)
   source, old = _open(config)
   path = _path(options.tokenizer)
@@ -98,6 +98,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
       "parameters": params.count(made),
       "chat_template": files.chat_template is not None,
     }
+    json_io.write_json_once(workdir / RESULT, result)  # first; see `result_of`
     export_model(
       cast(Model, made),
       target,
@@ -109,7 +110,6 @@ def run(config: Config, workdir: Path) -> JsonObject:
       # Without them, transformers assumes the ids of another tokenizer.
       extra={"config.json": dict.fromkeys(IDS)},
     )
-  json_io.write_json_once(workdir / RESULT, result)
   return result
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from distill_jax.commands import record
 from distill_jax.config import Config
 from distill_jax.errors import InputError, bad_value
+from distill_jax.hub.export_folder import result_of
 from distill_jax.models import loading
 from distill_jax.pruning import search, shapes
 from distill_jax.pruning.measured_teacher import MeasuredTeacher
@@ -53,8 +54,6 @@ def run(config: Config, workdir: Path) -> JsonObject:
       not fit. It is raised before anything is measured.
   """
   options = config.shrink
-  if (workdir / RESULT).exists():  # an earlier command has finished
-    return json_io.read_object(workdir / RESULT, "delete it and run shrink again")
   sizes = [k for k in ("layers", *shapes.SIZES, "factorise", "window") if getattr(options, k)]
   targets = [k for k in search.TARGETS if getattr(options, k)]
   one_target = ", ".join(f"shrink.{k}" for k in search.TARGETS)
@@ -77,14 +76,15 @@ def run(config: Config, workdir: Path) -> JsonObject:
       f"its default, because shrink.{targets[0]} is set",
       "Set either sizes or a target",
     )
+  result = workdir / RESULT
   if targets:
-    result = _search(config, workdir, targets[0])
-  else:
-    result = MeasuredTeacher(config).make(
-      options, options.dir or storage.location(workdir / "model")
-    )
-  json_io.write_json_once(workdir / RESULT, result)
-  return result
+    if not result.exists():
+      json_io.write_json_once(result, _search(config, workdir, targets[0]))
+    return json_io.read_object(result, "delete it and run shrink again")
+  if (earlier := result_of(result, "shrink")) is not None:
+    return earlier
+  target = options.dir or storage.location(workdir / "model")
+  return MeasuredTeacher(config).make(options, target, result)
 
 
 def _search(config: Config, workdir: Path, key: str) -> JsonObject:

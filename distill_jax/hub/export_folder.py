@@ -29,9 +29,10 @@ import numpy as np
 from distill_jax.errors import InputError, Unavailable
 from distill_jax.hub.tensors import Shard, Source, parts
 from distill_jax.hub.weights import parse_hf_json
-from distill_jax.runtime import distributed, files
+from distill_jax.runtime import distributed, files, json_io
 from distill_jax.runtime.atomic_io import fsync_dir
 from distill_jax.runtime.saved_arrays import Sums, add
+from distill_jax.types import JsonObject
 
 MARKER = "exporting.json"  # in the folder until the export is complete
 NOTE = ".done"  # after the name of a finished shard
@@ -82,15 +83,33 @@ def write(target: str | os.PathLike[str], content: Content) -> None:
     distributed.run_on_process_0(lambda: _finish(folder, content))
 
 
-def check_new(target: str | os.PathLike[str]) -> None:
-  """Raises InputError if the folder to export to exists, unless an export was interrupted there."""
+def exists(target: str | os.PathLike[str]) -> bool:
+  """Returns whether a folder exists, and is not an export that was interrupted."""
   if files.is_remote(target):
     there = files.listing(target)
-    exists = bool(there) and MARKER not in there
-  else:
-    exists = Path(target).exists()
-  if exists:
+    return bool(there) and MARKER not in there
+  return Path(target).exists()
+
+
+def check_new(target: str | os.PathLike[str]) -> None:
+  """Raises InputError if the folder to export to exists, unless an export was interrupted there."""
+  if exists(target):
     raise InputError(f"{target} exists, and export does not overwrite. Choose another export.dir.")
+
+
+def result_of(file: Path, verb: str) -> JsonObject | None:
+  """Returns the result of a command that ends with an export, if an earlier call has finished it.
+
+  Args:
+    file: The result, which is written before the export; `dir` in it is the exported folder.
+    verb: The command.
+  """
+  if not file.exists():
+    return None
+  result = json_io.read_object(file, f"delete it and run {verb} again")
+  # Processes with separate disks do not see the folder of process 0.
+  is_whole = distributed.max_over_processes(int(exists(result["dir"])))
+  return result if is_whole else None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Identifies the content of a checkpoint, without reading it where a store knows its checksums.
 
 The digest of a local folder is that of its bytes. They are hashed once per machine: the hash of a
-large file is kept in DISTILL_JAX_CACHE, by its path, size and time of change. The Hub lists the
+large file is kept in DISTILL_JAX_CACHE, by its path, size and time of change. If hosts share that
+folder, they divide the files: each begins with others and waits for those being hashed. The Hub lists the
 same hash of every file, so a repository and a copy of it on a disk have one digest. Other stores
 keep other checksums (crc32c on GCS, an ETag on S3). The digest of a checkpoint there is made of
 these, of the sizes and of the headers of its files.
@@ -17,6 +18,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+import jax
 
 from distill_jax.errors import InputError
 from distill_jax.hub.weights import WeightFile
@@ -34,9 +37,12 @@ def digest(config: FamilyConfig, weight_files: Sequence[WeightFile]) -> str:
     InputError: A store has no checksum of a file.
   """
   total = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
+  first = len(weight_files) * jax.process_index() // jax.process_count()
+  order = [*weight_files[first:], *weight_files[:first]]
   with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-    for part in pool.map(_of_file, weight_files):
-      total.update(part)
+    parts = dict(zip(order, pool.map(_of_file, order), strict=True))
+  for file in weight_files:
+    total.update(parts[file])
   return total.hexdigest()
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import jax
@@ -24,6 +25,7 @@ from distill_jax.nn import params, sharding
 from distill_jax.pruning import choose, cut, experts, factorise, measure, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.records import collate
+from distill_jax.runtime import json_io
 from distill_jax.runtime.progress import Progress
 from distill_jax.types import Batch, JsonObject, Model
 
@@ -131,13 +133,18 @@ class MeasuredTeacher:
     return measure.loss(self._loss_fn, self.loaded.decoder, self.calibration[:1], layers)
 
   def make(
-    self, options: ShrinkOptions, target: str | os.PathLike[str], random: bool = True
+    self,
+    options: ShrinkOptions,
+    target: str | os.PathLike[str],
+    file: Path | None = None,
+    random: bool = True,
   ) -> JsonObject:
     """Cuts a student and writes it as a Hugging Face folder.
 
     Args:
       options: the student's sizes.
       target: the folder.
+      file: the file for the result, which is written before the folder; see `result_of`.
       random: whether to measure the same architecture with random weights too.
 
     Returns:
@@ -166,6 +173,8 @@ class MeasuredTeacher:
         "heldout_labels": self.labels,
         "corpus": f"{self.config.data.kind} {self.config.data.path}",
       }
+      if file is not None:
+        json_io.write_json_once(file, result)
       export_model(
         cast(Model, student),
         target,

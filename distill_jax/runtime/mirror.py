@@ -4,7 +4,8 @@ The folder of a run has a mirror for each process, a local folder that other cod
 A mirror holds small files only, whatever the size of the run: stores, checkpoints and the
 compilation cache are read and written at the URL by those who own them (ELSEWHERE), and other large
 files are copied when they are needed (`fetched`) or finished (`hand_over`). So a mirror takes a few
-MB of disk, and a start takes one request per folder and one per small file.
+MB of disk. A start takes one request per small file, and lists all folders but those of ELSEWHERE:
+one request per 1,000 files, also of stores, because their folders may hold small files too.
 
 * What is at the URL counts. A mirror is emptied and filled again at the start of a command, so that
   nothing that was deleted at the URL comes back. After kill -9, the same is lost as with the

@@ -68,6 +68,24 @@ def run(c, workdir):
     return command.run(resolved, path)
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_command_that_is_killed_around_its_export_continues(place, pieces, tmp_path, monkeypatch):
+  c, folder = asked(source(tmp_path / "old", True), pieces), tmp_path / "run" / "model"
+
+  def killed(*args, **options):
+    if place == "after":
+      export_model(*args, **options)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(command, "export_model", killed)
+    run(c, tmp_path / "run")
+  assert folder.exists() == (place == "after")
+  result = run(c, tmp_path / "run")
+  assert json.loads((tmp_path / "run" / "retokenize.json").read_text()) == result
+  assert result["dir"] == str(folder) and (folder / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_the_tables_change(tied, pieces, tmp_path):
   old = source(tmp_path / "old", tied)

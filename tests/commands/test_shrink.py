@@ -13,7 +13,7 @@ from distill_jax.commands import shrink as command
 from distill_jax.commands.shrink import run as shrink
 from distill_jax.errors import InputError, Preempted
 from distill_jax.models import loading
-from distill_jax.pruning import candidates, search, shapes, table, windows
+from distill_jax.pruning import candidates, measured_teacher, search, shapes, table, windows
 from distill_jax.pruning.options import ShrinkOptions
 from distill_jax.runtime import json_io
 from distill_jax.runtime.workdir import Workdir
@@ -70,6 +70,22 @@ def test_a_student_and_its_table(tmp_path):
   c.shrink.dir = result["dir"]
   with pytest.raises(InputError, match="export does not overwrite"):
     run(c, tmp_path / "again")
+
+
+def test_a_command_that_is_killed_after_its_export_has_finished(tmp_path, monkeypatch):
+  c, real = tiny_config(tmp_path, layers=2), measured_teacher.export_model
+
+  def killed(*args, **options):
+    real(*args, **options)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(measured_teacher, "export_model", killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(c, tmp_path / "run")
+  monkeypatch.undo()
+  result = run(c, tmp_path / "run")
+  assert result["dir"] == str(tmp_path / "run" / "model")
+  assert result["kept"]["layers"]["of"] == SHAPE.num_hidden_layers
 
 
 def test_the_search(tmp_path, monkeypatch):

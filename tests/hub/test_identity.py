@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 from tiny_checkpoints import CONFIG, write_folder
 
 from distill_jax.hub import identity, pretrained
 from distill_jax.hub.pretrained import open_model
+from distill_jax.hub.weights import WeightFile
+from distill_jax.runtime import files
 
 pytestmark = pytest.mark.smoke
 
@@ -42,6 +46,23 @@ def test_a_large_file_is_hashed_once_on_a_machine(tmp_path, hashed):
   file.write_bytes(data)
   os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
   assert open_model(str(folder)).digest != digest and len(hashed) == 2
+
+
+def test_hosts_that_share_the_cache_divide_the_files(tmp_path, hashed, monkeypatch):
+  paths = [tmp_path / f"{i}.safetensors" for i in range(6)]
+  for path in paths:
+    path.write_text(path.name)
+  weights = [WeightFile(str(path), files.info(path), "") for path in paths]
+  monkeypatch.setattr(identity, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  digests = set()
+  for process in range(3):
+    monkeypatch.setattr(jax, "process_index", lambda i=process: i)
+    with monkeypatch.context() as patch:
+      patch.setenv("DISTILL_JAX_CACHE", str(tmp_path / f"cache{process}"))
+      digests.add(identity.digest(CONFIG, weights))
+    assert hashed[6 * process :][:2] == [str(path) for path in paths[2 * process :][:2]]
+  assert len(digests) == 1
 
 
 def test_a_result_that_was_not_written_completely_is_replaced(tmp_path, hashed):
