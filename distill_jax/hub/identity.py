@@ -2,10 +2,11 @@
 
 The digest of a local folder is that of its bytes. They are hashed once per machine: the hash of a
 large file is kept in DISTILL_JAX_CACHE, by its path, size and time of change. If hosts share that
-folder, they divide the files: each begins with others and waits for those being hashed. The Hub lists the
-same hash of every file, so a repository and a copy of it on a disk have one digest. Other stores
-keep other checksums (crc32c on GCS, an ETag on S3). The digest of a checkpoint there is made of
-these, of the sizes and of the headers of its files.
+folder, they divide the files: each begins with others, and waits for those being hashed.
+
+The Hub lists the same hash of every file, so a repository and a copy of it on a disk have one
+digest. Other stores keep other checksums (crc32c on GCS, an ETag on S3). The digest of a checkpoint
+there is made of these, of the sizes and of the headers of its files.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ it changes, its run is alive, and the new one is refused; otherwise that run was
 one takes the folder. Times are not compared, so clocks may differ between hosts. If a run was
 silent for so long and its lease was taken, it publishes nothing more and stops at its next step.
 
-A run of a part of the work has a lease of its own, `.run` and the name of the part. Runs of several
+The lease of a run of a part of the work is `.run` and the name of the part. Runs of several
 parts share a folder with one another, but not with a run of the whole.
 """
 

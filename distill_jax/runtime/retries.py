@@ -136,7 +136,7 @@ def has_other_cause(e: BaseException, path: str) -> bool:
 
 @contextlib.contextmanager
 def store_errors(failure: str, path: str) -> Iterator[None]:
-  """Context manager for a library that reads or writes a store with retries of its own.
+  """Context manager for a library that reads or writes a store, and retries itself.
 
   It changes no errors if the path is not a URL.
 
@@ -153,18 +153,16 @@ def store_errors(failure: str, path: str) -> Iterator[None]:
   except (InputError, Unavailable):
     raise
   except Exception as e:
-    causes = [e]
-    while isinstance(cause := causes[-1].__cause__, Exception):
-      causes.append(cause)
-    if "://" not in path:
-      raise
-    if any(is_refused(c) or _has_status(c, REFUSALS) for c in causes):
-      raise refused(failure, e) from e
-    if any(may_pass(c) or _has_status(c, PASSING) or _is_busy(c) for c in causes):
-      raise Unavailable(
-        f"{failure} ({reason(e)}). Run the command again when the store is available; finished "
-        "work is kept."
-      ) from e
+    cause: BaseException | None = e if "://" in path else None
+    while cause is not None:
+      if is_refused(cause) or _has_status(cause, REFUSALS):
+        raise refused(failure, cause) from e
+      if may_pass(cause) or _has_status(cause, PASSING) or _is_busy(cause):
+        raise Unavailable(
+          f"{failure} ({reason(cause)}). Run the command again when the store is available; finished "
+          "work is kept."
+        ) from e
+      cause = cause.__cause__
     raise
 
 
