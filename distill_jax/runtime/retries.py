@@ -159,8 +159,8 @@ def store_errors(failure: str, path: str) -> Iterator[None]:
         raise refused(failure, cause) from e
       if may_pass(cause) or _has_status(cause, PASSING) or _is_busy(cause):
         raise Unavailable(
-          f"{failure} ({reason(cause)}). Run the command again when the store is available; finished "
-          "work is kept."
+          f"{failure} ({reason(cause)}). Run the command again when the store is available; "
+          "finished work is kept."
         ) from e
       cause = cause.__cause__
     raise
