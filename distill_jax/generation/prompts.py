@@ -165,12 +165,13 @@ def _files(job: GenerationJob) -> list[str]:
       f"a template that contains {PLACEHOLDER}",
       f"Add {PLACEHOLDER} to it",
     )
-  if job.prompts.endswith(jsonl.GZIP):
-    expected = "a file that is not compressed, because lines are read by their places"
-    raise bad_value("generate.prompts", job.prompts, expected, "Unpack it")
-  if job.prompts and files.info(job.prompts) is not None:
+  is_file = bool(job.prompts) and files.info(job.prompts) is not None
+  found = files.listing(job.prompts) if job.prompts and not is_file else {}
+  if packed := [n for n in (job.prompts, *found) if n.endswith(jsonl.GZIP)]:
+    expected = "files that are not compressed, because lines are read by their places"
+    raise bad_value("generate.prompts", packed[0], expected, "Unpack it")
+  if is_file:
     return [job.prompts]
-  found = files.listing(job.prompts) if job.prompts else {}
   for suffix in (".jsonl", ".txt"):
     if names := [name for name in found if name.endswith(suffix)]:
       return [files.join(job.prompts, name) for name in names]

@@ -25,6 +25,7 @@ from distill_jax.generation import local
 from distill_jax.generation.job import GenerationJob
 from distill_jax.generation.prompts import Message, Prompts, model_input
 from distill_jax.hub.tokenizer import check_vocabulary
+from distill_jax.losses import FeatureLoss
 from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy import run_setup
 
@@ -161,6 +162,38 @@ def _check_turn_end(template: ChatTemplate, texts: Texts) -> None:
     raise _unended(f"{template.where} ends", texts, texts.tokenizer, [end])
 
 
+def check_features(config: Config, teachers: Mapping[str, ModelSource]) -> None:
+  """Checks feature losses, which compare the same layers of all teachers in the step.
+
+  Args:
+    config: The config of the run.
+    teachers: The teachers in the step, by name.
+
+  Raises:
+    InputError: There is a feature loss, and the teachers have different layers.
+  """
+  shapes = {
+    name: (t.config.num_hidden_layers, t.config.hidden_size) for name, t in teachers.items()
+  }
+  for name, fn in config.losses.items():
+    if isinstance(fn, FeatureLoss) and len(set(shapes.values())) > 1:
+      found = ", ".join(f"{n} {layers} of width {width}" for n, (layers, width) in shapes.items())
+      raise InputError(
+        f"losses.{name} compares the same layers of all teachers, but their numbers of layers are: "
+        f"{found}. Remove the loss, or use teachers of one shape."
+      )
+
+
+def _check_sizes(config: Config, texts: Texts, name: str, teacher: ModelSource) -> None:
+  """Raises InputError if a teacher has too few tokens, or positions for the texts of the step."""
+  shape, length = teacher.text_config, config.generate.cache_len
+  where = _tokenizer_read_by(texts, name)
+  check_vocabulary(texts.tokenizer.vocab_size, shape.vocab_size, where)
+  if config.train.online and length > (limit := shape.max_position_embeddings):
+    expected = f"at most {limit}, the number of positions of the teacher {name!r}"
+    raise bad_value("generate.cache_len", length, expected, "Reduce it")
+
+
 def _check_teacher(
   config: Config, texts: Texts, student: ModelSource, name: str, teacher: ModelSource
 ) -> list[str]:
@@ -168,18 +201,14 @@ def _check_teacher(
   is_here = not config.generate.server.urls or config.train.online
   if teacher.tokenizer is None:
     if is_here:  # the files do not name tokens
-      check_vocabulary(
-        texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _tokenizer_read_by(texts, name)
-      )
+      _check_sizes(config, texts, name, teacher)
     return []
   files = teacher.tokenizer
   theirs = corpus.of_files(files, teacher.name)
   different, unknown = compare_tokens(texts.tokenizer, theirs)
   if different:
     return _other_tokens(config, texts, name, theirs, different[0])
-  check_vocabulary(
-    texts.tokenizer.vocab_size, teacher.text_config.vocab_size, _tokenizer_read_by(texts, name)
-  )
+  _check_sizes(config, texts, name, teacher)
   notes = []
   if unknown:
     notes.append(

@@ -88,6 +88,8 @@ class RoundsFeed:
     self._sources = run_setup.sources(config, dict.fromkeys((TEACHER, *names)))
     self._several_teachers = len(names) > 1
     teachers = {name: self._sources[name] for name in names}
+    if config.train.online:
+      checks.check_features(config, self._sources)
     self._scorer = None if config.train.online else self._open_scorer(config, teachers)
     self._scores = None if self._scorer is None else _scores(self._scorer, config)
     for sentence in checks.check(config, student, teachers):

@@ -23,6 +23,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.losses import FeatureLoss
 from distill_jax.models.loading import ModelSource
 from distill_jax.on_policy.checks import compare_tokens
+from distill_jax.on_policy.prompt_index import TEACHER
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
 from distill_jax.records.recording import Corpus
@@ -157,8 +158,8 @@ def of_teachers(
   """Returns what the teachers in the step with other tokens need, by name; see `find`."""
   found = {name: find(config, student, teacher) for name, teacher in teachers.items()}
   others = {name: other for name, other in found.items() if other is not None}
-  for other in others.values():
-    check_heldout(config, other)
+  if TEACHER in others:  # held-out text is evaluated with this teacher alone
+    check_heldout(config, others[TEACHER])
   return others
 
 

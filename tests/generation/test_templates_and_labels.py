@@ -176,8 +176,14 @@ def test_compressed_prompts_are_refused(tmp_path):
   c = tiny.tiny(tmp_path)
   c.generate.prompts = "prompts.jsonl.gz"
   c.generate.server.urls = ("http://localhost:1/v1",)
-  with pytest.raises(InputError, match="generate.prompts is 'prompts.jsonl.gz'; expected a file"):
+  with pytest.raises(InputError, match="generate.prompts is 'prompts.jsonl.gz'; expected files"):
     asked(c, tmp_path / "w")
+  c.generate.prompts = str(tmp_path / "prompts")
+  for name in ("a.jsonl", "b.jsonl.gz"):
+    (tmp_path / "prompts").mkdir(exist_ok=True)
+    (tmp_path / "prompts" / name).write_text("")
+  with pytest.raises(InputError, match="generate.prompts is 'b.jsonl.gz'; expected files"):
+    asked(c, tmp_path / "v")
 
 
 def test_smoothed_labels_and_their_gradient():

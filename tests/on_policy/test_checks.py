@@ -43,7 +43,7 @@ def pair(tmp_path):
     c.generate.prompts, c.generate.chat = str(tmp_path / "prompts.jsonl"), True
     c.student.source = write_model(tmp_path / "student", **(ours or {}))
     c.teacher.source = write_model(tmp_path / "teacher", **(theirs or {}))
-    c.train.online = True
+    c.train.online, c.generate.cache_len = True, llama.TINY.max_position_embeddings
     c.update_from_flattened_dict(changes)
     c = config.resolve(c)
     student, teacher = (loading.open_source(m) for m in (c.student, c.teacher))
@@ -54,6 +54,26 @@ def pair(tmp_path):
 
 def test_equal_models_are_accepted_without_a_note(pair):
   assert pair() == []
+
+
+def test_a_teacher_in_the_step_with_too_few_positions_is_refused(pair):
+  limit = llama.TINY.max_position_embeddings
+  with pytest.raises(InputError, match=f"is {limit + 1}; expected at most {limit}, the number of"):
+    pair(**{"generate.cache_len": limit + 1})
+
+
+def test_feature_losses_need_teachers_of_one_shape():
+  """A loss compares the same layers of all, and "last" would be a middle one of some."""
+  shapes = [dataclasses.replace(llama.TINY, num_hidden_layers=n) for n in (3, 3, 6)]
+  a, same, deep = (types.SimpleNamespace(config=shape) for shape in shapes)
+  c = config.base()
+  c.losses.soft, c.losses.h = config.loss("kd"), config.loss("hidden", layers="last")
+  resolved = config.resolve(c)
+  checks.check_features(resolved, {"teacher": a, "code": same})
+  with pytest.raises(InputError, match="losses.h .*: teacher 3 of width 32, code 6 of width 32"):
+    checks.check_features(resolved, {"teacher": a, "code": deep})
+  c.losses = {"soft": config.loss("kd")}
+  checks.check_features(config.resolve(c), {"teacher": a, "code": deep})
 
 
 def test_an_end_of_text_that_the_student_lacks_is_refused(pair):

@@ -215,6 +215,14 @@ def test_scores_of_labels_alone_are_those_of_whole_distributions(folder, texts, 
       np.testing.assert_array_equal(x, a[name], name)
 
 
+def test_held_out_text_must_be_in_the_tokens_of_the_main_teacher_only(folder, texts):
+  c = resolved(folder, **{"train.heldout": (str(texts.folder),), "train.online": True})
+  student, teacher, _ = opened(c)
+  assert [*other_tokens.of_teachers(c, student, {"code": teacher})] == ["code"]
+  with pytest.raises(InputError, match="train.heldout .* expected stores in the tokens"):
+    other_tokens.of_teachers(c, student, {"teacher": teacher})
+
+
 @pytest.mark.slow
 def test_held_out_text_in_the_students_tokens_is_refused(folder, texts, tmp_path):
   c = run_config(folder, tmp_path / "run", **{"train.heldout": (str(texts.folder),)})
