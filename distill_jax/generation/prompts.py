@@ -273,8 +273,7 @@ def _parse(text: str, field: str) -> tuple[Any, JsonObject]:
     raise InputError(f"The line is a JSON {type(row).__name__}; expected an object.")
   if field not in row:
     names = ", ".join(map(repr, row)) or "no fields"
-    expected = f"a field of the line, which has {names}"
-    raise bad_value("generate.field", field, expected, "Name one of them")
+    raise InputError(f"The line has no field {field!r} (it has {names}). See generate.field.")
   if half := json_io.lone_surrogate(json.dumps(row, ensure_ascii=False)):
     raise InputError(f"The line contains half a surrogate pair, {half!r}.")
   value = row.pop(field)

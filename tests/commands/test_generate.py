@@ -304,7 +304,7 @@ def test_chats_stops_and_rejected_prompts(tmp_path):
   assert got.keys() == {0, 1, 5} and why.keys() == {2, 3, 4, 6, 7, 8}
   assert (result["prompts"], result["rejected"]) == (3, 6)
   assert got[0]["text"] == got[1]["text"] != got[5]["text"]
-  reasons = {2: "most 39", 3: "expected a field", 4: "messages", 6: "half", 7: "half", 8: "line 10"}
+  reasons = {2: "most 39", 3: "no field 'q'", 4: "messages", 6: "half", 7: "half", 8: "line 10"}
   for n, reason in reasons.items():
     assert reason in why[n]
   store = open_store(tmp_path / "r")
