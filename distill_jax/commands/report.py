@@ -19,6 +19,7 @@ from pathlib import Path
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
+from distill_jax.hub.export_folder import exists
 from distill_jax.models import runs
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
@@ -43,6 +44,7 @@ def run(config: Config, workdir: Path) -> JsonObject:
       records = describe.describe(open_store(config.train.records[0]))
     except InputError as error:  # not recorded yet, for example
       records = {"problem": str(error)}
+  exported = config.export.dir if exists(config.export.dir) else ""
   return html_report.write_report(
-    workdir, runs=folders or None, records=records, export_dir=config.export.dir
+    workdir, runs=folders or None, records=records, export_dir=exported
   )

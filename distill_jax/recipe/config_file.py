@@ -85,9 +85,10 @@ def _value(value: Any) -> str:
 
 
 def source(value: Any) -> str:
-  """Returns the source of a plain value, with strings in double quotes."""
+  """Returns the source of a plain value, with strings in double quotes if they are printable."""
   if isinstance(value, str):
-    return json.dumps(value)
+    code = json.dumps(value, ensure_ascii=False)
+    return code if code.isprintable() else repr(value)
   if isinstance(value, list | tuple):
     inner = ", ".join(map(source, value))
     return f"({inner},)" if len(value) == 1 else f"({inner})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -189,6 +190,14 @@ def _text(file: str) -> str:
 
 def _lines(found: Iterable[str]) -> Iterator[jsonl.Line]:
   return jsonl.read_lines(*found, skip_bom=True)
+
+
+def discard(folder: Path) -> None:
+  """Removes what `prepare` has written, and the folder if nothing else is in it."""
+  for path in (folder / "documents.jsonl", *folder.glob(".documents.*.part")):
+    path.unlink(missing_ok=True)
+  with contextlib.suppress(OSError):
+    folder.rmdir()
 
 
 def prepare(found: FoundData, folder: Path) -> DataOptions:

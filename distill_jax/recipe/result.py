@@ -14,17 +14,20 @@ SHOWN = 400  # characters of a sample
 
 
 def text(result: Mapping[str, Any]) -> str:
-  """Returns the table, a sample, the path of the student, and how to load it."""
+  """Returns the table, a sample, the path of the student, and how to load a Hugging Face folder."""
   parts = [table(result["models"], result["tokens"])]
   if result["samples"]:
     parts.append(sample(_first_with_text(result["samples"])))
-  parts.append(
-    f"The student is in {result['export_dir']}. To use it with transformers:\n\n"
-    "  from transformers import pipeline\n"
-    f"  generate = pipeline('text-generation', model={str(result['export_dir'])!r})\n"
-    "  print(generate('The')[0]['generated_text'])\n\n"
-    "This needs `pip install transformers torch`."
-  )
+  student = f"The student is in {result['export_dir']}."
+  if result["export_format"] == "hf":
+    student += (
+      " To use it with transformers:\n\n"
+      "  from transformers import pipeline\n"
+      f"  generate = pipeline('text-generation', model={str(result['export_dir'])!r})\n"
+      "  print(generate('The')[0]['generated_text'])\n\n"
+      "This needs `pip install transformers torch`."
+    )
+  parts.append(student)
   parts.append(f"Report: {result['report']}\nConfig: {result['config']}")
   return "\n\n".join(parts)
 

@@ -13,9 +13,11 @@ SAMPLES = [
 ]
 
 
-def ended(samples):
+def ended(samples, export_format="hf"):
   files = {"export_dir": "runs/x/export", "report": "report.html", "config": "config.py"}
-  return result.text({"models": MODELS, "tokens": 1000, "samples": samples, **files})
+  return result.text(
+    {"models": MODELS, "tokens": 1000, "samples": samples, "export_format": export_format} | files
+  )
 
 
 def test_the_result_shows_models_a_sample_and_the_lines_that_load_the_student():
@@ -23,6 +25,12 @@ def test_the_result_shows_models_a_sample_and_the_lines_that_load_the_student():
   assert text.index("teacher") < text.index("student before") < text.index("student after")
   assert "pipeline('text-generation', model='runs/x/export')" in text
   assert "pip install transformers torch" in text
+
+
+def test_a_gguf_file_is_not_for_transformers():
+  text = ended(SAMPLES, "gguf")
+  assert "The student is in runs/x/export." in text
+  assert "transformers" not in text
 
 
 def test_a_sample_with_text_is_preferred_to_a_blank_one():
