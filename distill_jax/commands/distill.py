@@ -18,8 +18,8 @@ Reads: the teacher, the student and the data.
 
 Writes: in the workdir: config.py; records/ and train/ with the stores and the checkpoints;
 evaluation.json; examples.json; export/, the student as a Hugging Face folder; report.html. Finished
-stages are skipped when the command is run again, unless their keys in evaluate, evals or export have
-changed; an interrupted stage continues.
+stages are skipped when the command is run again, and an interrupted stage continues. If keys of
+evaluate, evals or export have changed, their stage runs again; export needs a new folder.
 
 Config: data.seq_len, data.sequences, data.heldout_fraction, losses, optim.peak_lr, train.steps,
 train.batch_size, records.heldout_sequences, evaluate.sequences, export.dtype.
