@@ -19,7 +19,6 @@ from pathlib import Path
 
 from distill_jax.config import Config
 from distill_jax.errors import InputError
-from distill_jax.hub.export_folder import exists
 from distill_jax.models import runs
 from distill_jax.records import describe
 from distill_jax.records.store import open_store
@@ -31,6 +30,8 @@ from distill_jax.types import JsonObject
 
 def run(config: Config, workdir: Path) -> JsonObject:
   """Writes report.html into `workdir`; returns the summary of `html_report.write_report`."""
+  from distill_jax.hub.export_folder import exists  # imports orbax
+
   folders = {
     name: runs.run_folder(source)
     for name, source in config.evaluate.models.items()
