@@ -257,7 +257,7 @@ def _is_noted(workdir: Path, name: str, options: JsonObject) -> bool:
 
 
 def _options(config: Config, *sections: str) -> JsonObject:
-  """Returns sections of the config as they are in a JSON file."""
+  """Returns sections of the config, with the values that JSON gives back."""
   tree = configs.to_dict(config)
   return json.loads(json.dumps({section: tree[section] for section in sections}))
 
