@@ -39,8 +39,10 @@ from distill_jax.hub import formats, packed_export
 from distill_jax.hub.export import export_model
 from distill_jax.hub.export_folder import check_new
 from distill_jax.hub.formats import Format
+from distill_jax.hub.locate import locate
 from distill_jax.hub.options import ExportOptions
 from distill_jax.hub.peft import export_adapters
+from distill_jax.hub.weights import read_hf_json
 from distill_jax.models import FamilyConfig, loading, runs, trainables
 from distill_jax.models.options import ModelOptions
 from distill_jax.models.runs import RUN, Run
@@ -182,8 +184,9 @@ def _export_adapters(trained: Run, config: Config, common: JsonObject) -> PyTree
   trained.check_base()
   with jax.set_mesh(mesh):
     adapters = trained.restore(mesh)
-    base, dtype = _base(config.student), config.export.dtype
-    export_adapters(adapters, config.student.lora, base=base, dtype=dtype, **common)
+    common |= {"config": trained.student.config, "dtype": config.export.dtype}
+    base = _base(config.student, trained.student.config)
+    export_adapters(adapters, config.student.lora, base=base, **common)
   return adapters
 
 
@@ -224,7 +227,7 @@ def _task_files(config: Config, model_config: FamilyConfig) -> JsonObject:
   return task.hub_files(model_config)
 
 
-def _base(spec: ModelOptions) -> tuple[str, str] | None:
+def _base(spec: ModelOptions, config: FamilyConfig) -> tuple[str, str] | None:
   """Returns (name, revision) of a base model that PEFT can load.
 
   Returns None if only a folder written with export.lora="base" can be the base.
@@ -232,7 +235,12 @@ def _base(spec: ModelOptions) -> tuple[str, str] | None:
   is_changed = spec.keep_layers or spec.changes or spec.new
   if not spec.source or is_changed or spec.source.startswith(ONLY_OURS):
     return None
+  if spec.source.endswith(".gguf"):
+    return None
+  hf = read_hf_json(files.join(locate(spec.source), "config.json"))
+  if ("text_config" in hf) != ("text_config" in config.to_hf()):
+    return None  # Gemma 3 that also reads images: transformers opens it with other module names
   if not spec.source.startswith("hub:"):
-    return None if spec.source.endswith(".gguf") else (spec.source, "")
+    return spec.source, ""
   name, _, revision = spec.source.removeprefix("hub:").partition("@")
   return name, revision

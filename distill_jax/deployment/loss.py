@@ -27,6 +27,9 @@ KEYS = ("kl_to_float", "loss_increase", "calibration_tokens")  # of the summary 
 def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject:
   """Measures the loss by rounding all linear weights of layers to one width, and prints it.
 
+  Weights that were trained on the grid of this width stay as they are. The embedding table and the
+  head are always rounded.
+
   Args:
     config: the config, with `data` and `export`.
     run: the run whose student is rounded.
@@ -50,9 +53,12 @@ def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject
   text = calibration.read_text(config, run.student, mesh)
   with jax.set_mesh(mesh):
     model, calibrated = load(config, run, text, mesh)
-    widths = {t: width for t in rounding.layer_tensors(model) if not _is_float(t, width)}
-    model = rounding.round_model(model, widths, table)
-    return report(calibrated, model, text, f"Rounding to {width.numbers}")
+    if width == (config.student.quantise.grid, config.student.quantise.group):
+      widths, what = {}, f"Rounding the embedding and head to {table.numbers}"
+    else:
+      widths = {t: width for t in rounding.layer_tensors(model) if not _is_float(t, width)}
+      what = f"Rounding to {width.numbers} (the embedding and head to {table.numbers})"
+    return report(calibrated, rounding.round_model(model, widths, table), text, what)
 
 
 def _is_float(tensor: LayerTensor, width: Width) -> bool:
@@ -71,7 +77,7 @@ def report(calibrated: Calibration, rounded: Model, text: Text, what: str) -> Js
   """Returns the loss of a model for the summary, and prints it."""
   loss = calibrated.loss(rounded)
   _print(
-    f"{what} costs {loss.kl:.3g} nats per token of KL to the float student; the cross-entropy "
+    f"{what} costs {loss.kl:.3g} nats per token of KL to the student of the run; the cross-entropy "
     f"changes by {loss.increase:+.3g} (on {text.labels:,} tokens of data)."
   )
   return dict(zip(KEYS, (*loss, text.labels), strict=True))

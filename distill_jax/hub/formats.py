@@ -25,7 +25,8 @@ class Format:
     quant: the numbers of the linear weights of layers, one of QUANTS; see ExportOptions.quant.
     group: the number of inputs that share a scale, for "int8" and "int4"; 0: all of an output.
     embedding: the numbers of the embedding table and the head, one of the values for GGUF.
-    rounds: whether linear weights are rounded to a grid on which they were not trained.
+    rounds: whether weights are rounded to a grid on which they were not trained: linear weights, or
+      the embedding table and the head, which are floats in training.
   """
 
   name: str
@@ -60,12 +61,13 @@ def choose(options: ExportOptions, trained: QuantiseOptions) -> Format:
     expected = f"one of {', '.join(quants)} with export.format={options.format!r}"
     raise bad_value("export.quant", quant, expected, "Choose one of them")
   group = _group(options, quant, trained)
-  rounds = quant in grids.GRIDS and (quant, group) != (trained.grid, trained.group)
   if options.format == "hf":
     table = OF_DTYPE[float_dtype(options.dtype).name]
   else:
     table = "Q8_0" if options.target_bytes else default_embedding(quant)
-  return Format(options.format, quant, group, options.embedding or table, rounds)
+  table = options.embedding or table
+  rounds = quant in grids.GRIDS and (quant, group) != (trained.grid, trained.group)
+  return Format(options.format, quant, group, table, rounds or table in grids.GGUF)
 
 
 def default_embedding(quant: str) -> str:

@@ -12,7 +12,7 @@ from distill_jax import config
 from distill_jax.commands import export
 from distill_jax.commands.record import run as record
 from distill_jax.errors import InputError
-from distill_jax.models import loading
+from distill_jax.models import gemma3, loading, qwen2
 from distill_jax.models.options import StudentOptions
 from distill_jax.nn import sharding
 from distill_jax.runtime.workdir import Workdir
@@ -33,10 +33,21 @@ def test_wrong_keys_are_refused_before_anything_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"changes": {"rope_theta": 1e6}}, {"new": ("head",)}])
-def test_a_base_that_peft_would_load_without_the_changes_is_not_named(changed):
+def test_a_base_that_peft_would_load_without_the_changes_is_not_named(changed, monkeypatch):
+  monkeypatch.setattr(export, "locate", lambda source: "/nowhere")
+  monkeypatch.setattr(export, "read_hf_json", lambda path: qwen2.TINY.to_hf())
   spec = StudentOptions(source="hub:Qwen/Qwen2.5-7B@main", train="lora")
-  assert export._base(spec) == ("Qwen/Qwen2.5-7B", "main")
-  assert export._base(dataclasses.replace(spec, **changed)) is None
+  assert export._base(spec, qwen2.TINY) == ("Qwen/Qwen2.5-7B", "main")
+  assert export._base(dataclasses.replace(spec, **changed), qwen2.TINY) is None
+
+
+def test_a_base_that_peft_would_load_with_a_vision_tower_is_not_named(tmp_path):
+  """Its modules have other names then, and PEFT would leave the adapters out."""
+  spec, text = StudentOptions(source=str(tmp_path), train="lora"), gemma3.TINY.to_hf()
+  both = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+  for hf, base in ((text, (str(tmp_path), "")), (both, None)):
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert export._base(spec, gemma3.TINY) == base
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The loss by rounding a run's student, on a mesh and on one device, and what is refused."""
 
+import dataclasses
 import shutil
 import types
 from pathlib import Path
@@ -16,6 +17,7 @@ from distill_jax.deployment.rounding import Width
 from distill_jax.errors import InputError
 from distill_jax.models import loading, vit
 from distill_jax.nn import sharding
+from distill_jax.nn.quantise import QuantiseOptions
 from distill_jax.runtime import json_io
 
 TOKENS = 100  # 4 rows of 32
@@ -47,7 +49,20 @@ def test_the_loss_on_a_mesh_is_that_on_one_device(tiny_run, run, tmp_path, capsy
   assert found["kl_to_float"] == pytest.approx(kl, rel=1e-4)  # sums in another order
   assert found["loss_increase"] == pytest.approx(increase, abs=1e-6)
   printed = capsys.readouterr().err
-  assert f"Rounding to Q4_0 costs {found['kl_to_float']:.3g} nats per token" in printed
+  what = "Rounding to Q4_0 (the embedding and head to Q8_0)"
+  assert f"{what} costs {found['kl_to_float']:.3g} nats per token" in printed
+
+
+def test_weights_on_the_grid_of_training_stay_while_the_table_is_rounded(
+  tiny_run, run, tmp_path, capsys
+):
+  c = resolved(tiny_run, tmp_path)
+  q = dataclasses.replace(c.student, train="quantised", quantise=QuantiseOptions("Q4_0"))
+  c = dataclasses.replace(c, student=q)
+  exact, rounded = (loss.of_width(c, run, Width("Q4_0"), Width(w)) for w in ("F32", "Q4_0"))
+  assert exact["kl_to_float"] == pytest.approx(0, abs=1e-6)
+  assert rounded["kl_to_float"] > 1e-4
+  assert "Rounding the embedding and head to Q4_0 costs" in capsys.readouterr().err
 
 
 def test_text_that_is_missing_is_refused_with_what_to_do(tiny_run, run, tmp_path):

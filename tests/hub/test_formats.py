@@ -23,14 +23,20 @@ NONE, INT4 = QuantiseOptions(), QuantiseOptions("int4", 64)
     ({}, QuantiseOptions("Q8_0"), ("hf", "float", 0, "BF16", False)),
     ({"format": "gguf"}, NONE, ("gguf", "F16", 0, "F16", False)),
     ({"format": "gguf"}, INT4, ("gguf", "F16", 0, "F16", False)),
-    ({"format": "gguf"}, QuantiseOptions("Q4_0"), ("gguf", "Q4_0", 0, "Q8_0", False)),
+    ({"format": "gguf"}, QuantiseOptions("Q4_0"), ("gguf", "Q4_0", 0, "Q8_0", True)),
+    (
+      {"format": "gguf", "embedding": "F32"},
+      QuantiseOptions("Q4_0"),
+      ("gguf", "Q4_0", 0, "F32", False),
+    ),
+    ({"format": "gguf", "embedding": "Q4_0"}, NONE, ("gguf", "F16", 0, "Q4_0", True)),
     ({"format": "gguf", "quant": "Q8_0"}, NONE, ("gguf", "Q8_0", 0, "Q8_0", True)),
     (
       {"format": "gguf", "quant": "Q4_0", "embedding": "F16"},
       QuantiseOptions("Q8_0"),
       ("gguf", "Q4_0", 0, "F16", True),
     ),
-    ({"format": "gguf", "target_bytes": 10}, NONE, ("gguf", "F16", 0, "Q8_0", False)),
+    ({"format": "gguf", "target_bytes": 10}, NONE, ("gguf", "F16", 0, "Q8_0", True)),
   ],
 )
 def test_the_numbers_of_an_export(keys, trained, want):
