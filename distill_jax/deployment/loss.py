@@ -27,8 +27,8 @@ KEYS = ("kl_to_float", "loss_increase", "calibration_tokens")  # of the summary 
 def of_width(config: Config, run: Run, width: Width, table: Width) -> JsonObject:
   """Measures the loss by rounding all linear weights of layers to one width, and prints it.
 
-  Weights that were trained on the grid of this width are unchanged. The embedding table and the head
-  are always rounded.
+  Weights that were trained on the grid of this width are unchanged. The embedding table and the
+  head are always rounded.
 
   Args:
     config: the config, with `data` and `export`.
