@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from distill_jax.data import sources
+from distill_jax.data import jsonl, sources
 from distill_jax.data.sources import DocumentSource
 
 ENOUGH = 16_000_000  # bytes
@@ -30,7 +30,9 @@ def read(source: DocumentSource) -> Beginning:
   """
   total = 0  # bytes, where they are known
   if source.kind in sources.SUFFIXES:
-    total = sum(found.size for found in sources.find(source).values())
+    found = sources.find(source)
+    if not any(name.endswith(jsonl.GZIP) for name in found):  # sizes are those of the contents
+      total = sum(file.size for file in found.values())
   documents, seen, done = [], 0, 0
   for block in sources.blocks(source):
     content = list(block.read(source.kind))

@@ -1,5 +1,7 @@
 """Data is recognised by looking at it, prepared where necessary, and refused in one sentence."""
 
+import dataclasses
+import gzip
 import json
 
 import pytest
@@ -175,3 +177,7 @@ def test_the_number_of_documents_is_estimated_from_the_beginning(tmp_path, monke
   found = beginning.read(source)
   assert len(found.documents) < 1500
   assert len(found.documents) * found.scale == pytest.approx(4000, rel=0.05)
+  # The size of a compressed file is not that of its contents, so that all of it is read.
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+  packed = beginning.read(dataclasses.replace(source, path=f"{path}.gz"))
+  assert len(packed.documents) * packed.scale == 4000
