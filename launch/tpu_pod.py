@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.step == "install":
       sys.exit(0 if install(args, steps) else "error: Not all hosts confirm the installation.")
     if args.step == "logs":
-      sys.exit(0 if all(fetch(args, steps)) else "error: Not all logs came back.")
+      incomplete = "error: The logs of some hosts could not be fetched."
+      sys.exit(0 if all(fetch(args, steps)) else incomplete)
     line = steps[args.step][0]
     sys.exit(run(line) if args.step == "run" else call(line).returncode)
   except KeyboardInterrupt:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import tiny
 
 from distill_jax import config
 from distill_jax.commands import record as record_command
 from distill_jax.runtime.workdir import Workdir
-from distill_jax.training import loop
+from distill_jax.training import loop, stores
 
 
 def record(c, workdir: Path) -> dict:
@@ -20,6 +22,21 @@ def train(c, workdir: Path) -> dict[str, float]:
   resolved = config.resolve(c)
   with Workdir(workdir, resolved) as path:
     return loop.train(resolved, path)
+
+
+def step_of(resolved, model):
+  """Returns the step of a config, a random student and teacher of its shape, and the first batch.
+
+  Args:
+    resolved: The config.
+    model: The class of both models.
+  """
+  opened = stores.open_stores(resolved)
+  step = loop.make_step(resolved, opened)
+  make = jax.jit(lambda key: model(step.student_config, key))
+  student, teacher = make(jax.random.key(0)), make(jax.random.key(1))
+  batch = jax.tree.map(jnp.asarray, next(stores.batches(resolved, opened)))
+  return step, student, teacher, batch
 
 
 def record_heldout(folder: Path, workdir: Path) -> None:

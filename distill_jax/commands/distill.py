@@ -31,14 +31,12 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distill_jax import config as configs
 from distill_jax.commands import evaluate, export, record, report, train
 from distill_jax.config import Config
 from distill_jax.errors import InputError
@@ -52,7 +50,7 @@ from distill_jax.report import examples
 from distill_jax.runtime import distributed, json_io, storage
 from distill_jax.runtime.atomic_io import atomic_write
 from distill_jax.runtime.claim import claimed
-from distill_jax.runtime.workdir import Workdir
+from distill_jax.runtime.workdir import Workdir, as_in_file
 from distill_jax.types import JsonObject
 
 CONFIG, REQUEST, STAGES = "config.py", "distill.json", "stages"
@@ -257,9 +255,9 @@ def _is_noted(workdir: Path, name: str, options: JsonObject) -> bool:
 
 
 def _options(config: Config, *sections: str) -> JsonObject:
-  """Returns sections of the config, with the values that JSON gives back."""
-  tree = configs.to_dict(config)
-  return json.loads(json.dumps({section: tree[section] for section in sections}))
+  """Returns sections of the content of config.json."""
+  tree = as_in_file(config)
+  return {section: tree[section] for section in sections}
 
 
 def _inside(run: Callable[[Config, Path], JsonObject], config: Config, path: str) -> JsonObject:

@@ -233,9 +233,8 @@ def _base(spec: ModelOptions, config: FamilyConfig) -> tuple[str, str] | None:
   Returns None if only a folder written with export.lora="base" can be the base.
   """
   is_changed = spec.keep_layers or spec.changes or spec.new
-  if not spec.source or is_changed or spec.source.startswith(ONLY_OURS):
-    return None
-  if spec.source.endswith(".gguf"):
+  is_read_here_only = spec.source.startswith(ONLY_OURS) or spec.source.endswith(".gguf")
+  if not spec.source or is_changed or is_read_here_only:
     return None
   hf = read_hf_json(files.join(locate(spec.source), "config.json"))
   if ("text_config" in hf) != ("text_config" in config.to_hf()):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the workers of `pack` must not import jax
 
 
 GZIP = ".gz"  # the end of the names of compressed files
+SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,29 +130,26 @@ def split_lines(
     number, offset = number + 1, offset + len(line)
 
 
-def find_files(path: str, suffix: str) -> dict[str, FileInfo]:
+def find_files(path: str, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, FileInfo]:
   """Returns the named file, or the files with a suffix that are directly in the named folder.
-
-  Files whose names end in the suffix and ".gz" are included, except for ".txt".
 
   Args:
     path: The path or URL of a file or folder.
-    suffix: The suffix of the files in a folder, e.g. ".jsonl".
+    suffixes: The suffixes of the files in a folder.
 
   Raises:
     InputError: If the path does not exist, or the folder has no such files, or a file twice.
   """
   if (one := file_io.info(path)) is not None:
     return {path: one}
-  suffixes = (suffix,) if suffix == ".txt" else (suffix, suffix + GZIP)
   listed = file_io.listing(path)
   if found := {name: info for name, info in listed.items() if name.endswith(suffixes)}:
     if twice := [name for name in found if name + GZIP in found]:
       raise InputError(f"{path} holds {twice[0]} and {twice[0]}{GZIP}. Remove one of them.")
     return {file_io.join(path, name): info for name, info in found.items()}
   if listed or (not file_io.is_remote(path) and Path(path).is_dir()):
-    raise InputError(f"{path} is a folder without {suffix} files. Name another folder.")
-  raise InputError(f"{path} does not exist. Name a {suffix} file or a folder of them.")
+    raise InputError(f"{path} is a folder without {suffixes[0]} files. Name another folder.")
+  raise InputError(f"{path} does not exist. Name a {suffixes[0]} file or a folder of them.")
 
 
 def parse_object(text: str, where: str = "The line") -> JsonObject:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the workers of `pack` must not import jax
   from distill_jax.types import JsonObject
 
 KINDS = ("pydoc", "text", "jsonl", "chat", "tfds")
-SUFFIXES = {"text": ".txt", "jsonl": ".jsonl", "chat": ".jsonl"}
+SUFFIXES = {"text": (".txt",), "jsonl": jsonl.SUFFIXES, "chat": jsonl.SUFFIXES}
 BLOCK_BYTES = 2**20  # minimum size of a block, except the last one of a file
 BLOCK_DOCUMENTS = 256  # maximum number of text files, topics or TFDS records in a block
 

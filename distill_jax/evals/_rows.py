@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distill_jax.data import jsonl
 from distill_jax.errors import InputError, bad_value
 from distill_jax.evals._base import BenchmarkRow, Choice
 from distill_jax.hub.locate import locate
 from distill_jax.runtime import json_io
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
+ENDINGS = (*jsonl.SUFFIXES, ".json", ".csv")
 
 
 def find(path: str, *packaged: str, other: str = "") -> list[Path]:
@@ -61,7 +62,7 @@ def rows(file: Path) -> Iterator[tuple[str, bytes | BenchmarkRow]]:
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
   except (OSError, EOFError) as e:
     raise InputError(f"{file} cannot be read ({e}). Download it again.") from e
-  if file.name.endswith((".jsonl", ".jsonl.gz")):
+  if file.name.endswith(jsonl.SUFFIXES):
     for n, raw in enumerate(data.splitlines(), 1):
       if raw.strip():
         yield f"{file}, line {n}", raw

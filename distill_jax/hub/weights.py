@@ -76,7 +76,6 @@ def hf_json(value: JsonObject) -> bytes:
 def read_text(path: str) -> str:
   """Reads a UTF-8 text file of a checkpoint, by path or URL."""
   try:
-    return json_io.decode_utf8(files.read(path))
+    return json_io.decode_utf8(files.read(path), action="Download the file again")
   except InputError as e:
-    problem = str(e).partition(". ")[0]
-    raise InputError(f"{path}: {problem}. Download the file again.") from e
+    raise InputError(f"{path}: {e}") from e

@@ -141,7 +141,7 @@ class TopKTargets(Targets, kw_only=True):
     return self.divergence(divergences.forward_kl, logits_BCV, temperature)
 
   def present(self) -> jax.Array:
-    # Text without targets has zeros, which no targets are: the ids of entries differ.
+    # Positions without targets are filled with zeros. Real entries are not, as their ids differ.
     return jnp.any((self.logp_BTK != 0) | (self.ids_BTK != 0), -1)
 
 

@@ -14,7 +14,7 @@ from distill_jax.models import _encoder, _seq2seq
 from distill_jax.models._declare import Declare
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import layers
-from distill_jax.nn.params import stack
+from distill_jax.nn.params import ENCODER_LAYERS, stack
 from distill_jax.nn.products import product
 from distill_jax.types import QKV, JsonObject
 
@@ -170,7 +170,7 @@ class Model(_seq2seq.Model):
     """Declares the stacks `encoder` and `layers`."""
     prefix = "model.encoder.layers.{encoder_layers}."
     encoder_layer = functools.partial(self.ENCODER_LAYER, c.side("encoder"), prefix)
-    self.encoder = stack(c.encoder_layers, encoder_layer, encoder_key, axis=_seq2seq.ENCODER_AXIS)
+    self.encoder = stack(c.encoder_layers, encoder_layer, encoder_key, axis=ENCODER_LAYERS)
     prefix = "model.decoder.layers.{layers}."
     decoder_layer = functools.partial(self.DECODER_LAYER, c.side("decoder"), prefix)
     self.layers = stack(c.decoder_layers, decoder_layer, decoder_key)

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from distill_jax.models._family import FamilyDefaults
-from distill_jax.nn import attention, params, sharding
+from distill_jax.nn import attention, sharding
 from distill_jax.nn.layers import ComputeConfig, scan_layers
 from distill_jax.nn.params import take_layer, unstack
 from distill_jax.types import QKV, Output, SourceTarget
-
-ENCODER_AXIS = params.LAYERS[1]  # axis of encoder layers; keep_layers applies to "layers" only
 
 
 @dataclasses.dataclass(frozen=True)

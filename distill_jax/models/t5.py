@@ -21,7 +21,7 @@ from distill_jax.models._declare import Declare
 from distill_jax.models._encoder import heads_of
 from distill_jax.models._family import check_numbers, check_supported
 from distill_jax.nn import attention, layers, sharding
-from distill_jax.nn.params import param, stack
+from distill_jax.nn.params import ENCODER_LAYERS, param, stack
 from distill_jax.nn.products import product
 from distill_jax.types import QKV, Inputs, JsonObject, Output
 
@@ -201,7 +201,7 @@ class Model(_seq2seq.Model):
     self.encoder_near = param(keys[1], dims, table.format("encoder"), init=D**-0.5)
     self.near = param(keys[2], dims, table.format("decoder"), init=D**-0.5)
     encoder_layer = functools.partial(EncoderLayer, c, "encoder.block.{encoder_layers}.")
-    self.encoder = stack(c.num_layers, encoder_layer, keys[3], axis=_seq2seq.ENCODER_AXIS)
+    self.encoder = stack(c.num_layers, encoder_layer, keys[3], axis=ENCODER_LAYERS)
     decoder_layer = functools.partial(DecoderLayer, c, "decoder.block.{layers}.")
     self.layers = stack(c.num_decoder_layers, decoder_layer, keys[4])
     self.encoder_norm = Declare(keys[5], "encoder.").rms_norm("final_layer_norm", D)

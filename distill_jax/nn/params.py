@@ -31,7 +31,8 @@ from jax.tree_util import KeyPath
 
 from distill_jax.types import PyTree, Tree
 
-LAYERS = ("layers", "encoder_layers")  # axes along which `stack` puts the layers of a model
+ENCODER_LAYERS = "encoder_layers"  # `keep_layers` applies to "layers" only
+LAYERS = ("layers", ENCODER_LAYERS)  # axes along which `stack` puts the layers of a model
 
 
 def param(

@@ -184,14 +184,20 @@ def check_features(config: Config, teachers: Mapping[str, ModelSource]) -> None:
       )
 
 
+def check_positions(length: int, name: str, teacher: ModelSource) -> None:
+  """Raises InputError, with the name of the teacher, if texts have more positions than it has."""
+  if length > (limit := teacher.text_config.max_position_embeddings):
+    expected = f"at most {limit}, the number of positions of the teacher {name}"
+    raise bad_value("generate.cache_len", length, expected, "Reduce it")
+
+
 def _check_sizes(config: Config, texts: Texts, name: str, teacher: ModelSource) -> None:
   """Raises InputError if a teacher has too few tokens, or positions for the texts of the step."""
   shape, length = teacher.text_config, config.generate.cache_len
   where = _tokenizer_read_by(texts, name)
   check_vocabulary(texts.tokenizer.vocab_size, shape.vocab_size, where)
-  if config.train.online and length > (limit := shape.max_position_embeddings):
-    expected = f"at most {limit}, the number of positions of the teacher {name!r}"
-    raise bad_value("generate.cache_len", length, expected, "Reduce it")
+  if config.train.online:
+    check_positions(length, repr(name), teacher)
 
 
 def _check_teacher(

@@ -28,7 +28,7 @@ from distill_jax.errors import InputError, bad_value
 from distill_jax.hub.tokenizer import check_vocabulary
 from distill_jax.models.loading import ModelSource
 from distill_jax.nn import sharding
-from distill_jax.on_policy import other_tokens
+from distill_jax.on_policy import checks, other_tokens
 from distill_jax.on_policy.other_tokens import OtherTokens
 from distill_jax.on_policy.round_folders import folder_of
 from distill_jax.records import job, manifest, tap_features
@@ -182,16 +182,13 @@ class Scorer:
 
   def _check_text(self, teacher: ModelSource) -> None:
     """Raises InputError if a teacher cannot read the student's texts."""
-    config, shape = self._config, teacher.text_config
-    length, limit = config.generate.cache_len, shape.max_position_embeddings
+    config, length = self._config, self._config.generate.cache_len
     if (other := self._other_tokens(teacher)) is not None:
       length = other.positions
     else:
       tokenizer = corpora.tokenizer_of(config.data, self._student.pretrained)
-      check_vocabulary(tokenizer.vocab_size, shape.vocab_size, tokenizer.where)
-    if length > limit:
-      expected = f"at most {limit}, the number of positions of the teacher {teacher.name}"
-      raise bad_value("generate.cache_len", length, expected, "Reduce it")
+      check_vocabulary(tokenizer.vocab_size, teacher.text_config.vocab_size, tokenizer.where)
+    checks.check_positions(length, teacher.name, teacher)
 
 
 def _delete_others(folder: Path, digest: str) -> None:

@@ -18,6 +18,7 @@ from distill_jax.runtime import files, json_io
 from distill_jax.types import JsonObject
 
 EXPECTED = "a text file, a folder of text files, or JSON lines"
+DOCUMENTS = "documents.jsonl"  # the prepared file
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".tex")
 PAIRS = tuple(
   itertools.product(
@@ -70,7 +71,7 @@ def find(given: str) -> FoundData:
     return FoundData("pydoc", "", "text", "The data is Python's own language reference.")
   if not found and (files.is_remote(path) or not Path(path).is_dir()):
     raise _refused(repr(given), "Check the path")
-  if lines := {p: size for p, size in found.items() if p.endswith((".jsonl", ".jsonl.gz"))}:
+  if lines := {p: size for p, size in found.items() if p.endswith(jsonl.SUFFIXES)}:
     return _find_lines(path, "", lines)
   texts = {p: size for p, size in found.items() if PurePosixPath(p).suffix in TEXT_SUFFIXES}
   if not texts:
@@ -99,7 +100,7 @@ def _refused(found: str, action: str, expected: str = EXPECTED) -> InputError:
 
 def _is_jsonl(path: str) -> bool:
   """Returns whether a file has a JSON object on its first line; refuses other JSON."""
-  if path.endswith((".jsonl", ".jsonl.gz")):
+  if path.endswith(jsonl.SUFFIXES):
     return True
   if not path.endswith(".json"):
     return False
@@ -194,7 +195,7 @@ def _lines(found: Iterable[str]) -> Iterator[jsonl.Line]:
 
 def discard(folder: Path) -> None:
   """Removes what `prepare` has written, and the folder if nothing else is in it."""
-  for path in (folder / "documents.jsonl", *folder.glob(".documents.*.part")):
+  for path in (folder / DOCUMENTS, *folder.glob(".documents.*.part")):
     path.unlink(missing_ok=True)
   with contextlib.suppress(OSError):
     folder.rmdir()
@@ -209,7 +210,7 @@ def prepare(found: FoundData, folder: Path) -> DataOptions:
   path = found.path
   if found.convert:
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "documents.jsonl"
+    target = folder / DOCUMENTS
     part = folder / f".documents.{os.getpid()}.part"
     with part.open("wb") as file:
       file.writelines(jsonl.to_line(row) for row in _converted(found))

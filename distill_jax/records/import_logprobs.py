@@ -87,7 +87,7 @@ def sequences(
 
 def _lines(path: str) -> Iterator[tuple[int, Any]]:
   """Yields (line number, JSON value) for each line."""
-  for line in jsonl.read_lines(*jsonl.find_files(path, ".jsonl")):
+  for line in jsonl.read_lines(*jsonl.find_files(path)):
     yield line.number, json_io.parse(line.text(), line.where, "Write one response per line")
 
 

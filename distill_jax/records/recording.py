@@ -23,7 +23,7 @@ from distill_jax.records.fields import Record, RecordSpec
 from distill_jax.records.manifest import Manifest, Taps, format_of
 from distill_jax.records.options import RecordsOptions
 from distill_jax.records.sampler import SamplerSpec
-from distill_jax.records.store import Store
+from distill_jax.records.store import RecordSource, Store
 from distill_jax.types import JsonObject
 
 if TYPE_CHECKING:  # it needs sentencepiece, which a Recorder does not
@@ -61,8 +61,8 @@ class Corpus:
 
   def read(self, indices: Sequence[int]) -> Sequence[Record]:
     """Returns some rows, in the order of their indices. Packed rows are read at once."""
-    read_many = getattr(self.rows, "read_many", None)
-    return read_many(indices) if read_many else [self.rows[i] for i in indices]
+    rows = self.rows
+    return rows.read_many(indices) if isinstance(rows, RecordSource) else [rows[i] for i in indices]
 
   @property
   def teacher_positions(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ __all__ = ["Manifest", "RecordSource", "Shard", "Store", "Taps", "Writer", "open
 POSITIONS_AT_ONCE = 8192  # positions that are decoded at once
 
 
+@runtime_checkable
 class RecordSource(Protocol):
   """A random-access source of records with the same fields."""
 

@@ -19,12 +19,14 @@ GZIP = b"\x1f\x8b"  # the first bytes of a file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def decode_utf8(raw: bytes, offset: int = 0) -> str:
+def decode_utf8(raw: bytes, offset: int = 0, action: str = "") -> str:
   """Decodes UTF-8.
 
   Args:
     raw: The bytes.
     offset: The offset of the first byte in its file, for the error.
+    action: What the user should do about invalid bytes, as an imperative without a full stop; "" to
+      convert or unpack the file.
 
   Raises:
     InputError: If the bytes are not UTF-8. The message names the first invalid byte but no file.
@@ -32,10 +34,11 @@ def decode_utf8(raw: bytes, offset: int = 0) -> str:
   try:
     return raw.decode()
   except UnicodeDecodeError as e:
+    problem = f"Byte {offset + e.start} is 0x{raw[e.start]:02x}, which is not UTF-8"
+    correct = "Convert the file to UTF-8"
     if not offset and raw.startswith(GZIP):
-      raise InputError("The file is compressed with gzip. Unpack it.") from e
-    byte = f"Byte {offset + e.start} is 0x{raw[e.start]:02x}"
-    raise InputError(f"{byte}, which is not UTF-8. Convert the file to UTF-8.") from e
+      problem, correct = "The file is compressed with gzip", "Unpack it"
+    raise InputError(f"{problem}. {action or correct}.") from e
 
 
 def lone_surrogate(text: str) -> str | None:

@@ -77,7 +77,7 @@ class Workdir:
 
   def __init__(self, path: str | Path, config: configs.Config, part: str = ""):
     self.path, self._part = Path(path), part
-    self.config = _as_in_file(config)
+    self.config = as_in_file(config)
 
   def __enter__(self) -> Path:
     self._locks: contextlib.ExitStack | None = None
@@ -135,7 +135,7 @@ class Workdir:
       return
     tree = _read(file)
     with contextlib.suppress(InputError):  # if it has unknown keys, the error below names one
-      tree = _as_in_file(configs.from_dict(tree))  # with the defaults of keys that it lacks
+      tree = as_in_file(configs.from_dict(tree))  # with the defaults of keys that it lacks
     for key, was, now in _differences(tree, self.config, ""):
       if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE:
         raise InputError(
@@ -163,7 +163,7 @@ def read_config(path: str | Path) -> configs.Config:
     ) from error
 
 
-def _as_in_file(config: configs.Config) -> JsonObject:
+def as_in_file(config: configs.Config) -> JsonObject:
   """Returns the content of the config.json of a resolved config, with lists for tuples."""
   return json.loads(json.dumps(configs.to_dict(config)))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from distill_jax.errors import InputError
 from distill_jax.models import FamilyConfig
 from distill_jax.models.loading import ModelSource
+from distill_jax.tasks._base import Task
 from distill_jax.tasks._jsonl_task import JsonlTask
 from distill_jax.types import IN_BATCH_CLASSES, TextConfig
 
@@ -62,19 +63,20 @@ def check_model(examples: Mapping[str, TaskExamples], model_config: FamilyConfig
 
 
 def check_tokenizer(
-  examples: Mapping[str, TaskExamples], student: ModelSource, name: str, teacher: ModelSource
+  tasks: Mapping[str, Task], student: ModelSource, name: str, teacher: ModelSource
 ) -> None:
   """Raises InputError if an online teacher has another tokenizer than the student of a task.
 
   Args:
-    examples: The examples of each task, by name. A key `tokenizer` is that of all models.
+    tasks: The tasks, by name. A key `tokenizer` is that of all models.
     student: The model to train.
     name: The teacher's name.
     teacher: The teacher.
   """
-  for task_name, task_examples in examples.items():
-    task = task_examples.task
-    if not isinstance(task, JsonlTask) or task.tokenizer or not teacher.tokenizer:
+  if teacher.tokenizer in (None, student.tokenizer):  # the same files: they need not be parsed
+    return
+  for task_name, task in tasks.items():
+    if not isinstance(task, JsonlTask) or task.tokenizer:
       continue
     ours = task.load_tokenizer(student.pretrained)
     theirs = task.load_tokenizer(teacher.pretrained)

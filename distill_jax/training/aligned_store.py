@@ -147,19 +147,14 @@ def _check_store(
   key: str, store: MultiTeacherStore, teacher: ModelSource, theirs: Tokenizer, ours: Tokenizer
 ) -> None:
   """Raises InputError if a store is not in tokens that the teacher can read."""
-  manifest, shape = store.manifest, teacher.text_config
+  manifest = store.manifest
   if manifest.tokenizer != theirs.digest:
     raise InputError(
       f"The text {store.folder} in {key} has tokens of digest {manifest.tokenizer[:12]}; expected "
       f"those of the student ({ours.where}, {ours.digest[:12]}) or of the online teacher "
       f"({theirs.where}, {theirs.digest[:12]}). Pack the text with one of them."
     )
-  if manifest.vocab_size > shape.vocab_size or manifest.seq_len > shape.max_position_embeddings:
-    raise InputError(
-      f"The text {store.folder} in {key} has {manifest.vocab_size} tokens in sequences of "
-      f"{manifest.seq_len}, but the teacher has {shape.vocab_size} and "
-      f"{shape.max_position_embeddings} positions. Pack it for this teacher."
-    )
+  pairing.check_sizes(f"The text {store.folder} in {key}", manifest, "teacher", teacher)
   if manifest.smoothing:
     raise InputError(
       f"The text {store.folder} in {key} has label smoothing, which belongs to the teacher's "

@@ -75,8 +75,7 @@ def train(
   validate.check_run(config, stores, student)
   validate_heldout.check(config, stores, heldout, student)
   c = config.train
-  for split in filter(None, (stores, heldout)):
-    validate.check_online(config, split, online, student)
+  validate.check_online(config, stores, heldout, online, student)
   validate.check_mesh(config, stores, [student, *online.values()], mesh)
   step = make_step(config, stores, student, online)
   validate.check_features(config, step, stores)

@@ -51,16 +51,13 @@ class OptimOptions:
   """
 
   def __post_init__(self) -> None:
-    for names, low, high in (
-      (("peak_lr", "weight_decay", "clip_norm", "eps"), 0, math.inf),
-      (("plateau_patience", "balance_every"), 0, math.inf),
-      (("decay_fraction", "end_fraction", "b1", "b2"), 0, 1),
-    ):
-      for name in names:
-        value = getattr(self, name)
-        if not (low <= value <= high and math.isfinite(value)):
-          expected = "a number from 0 to 1" if high == 1 else "a number of at least 0"
-          raise bad_value(f"optim.{name}", value, expected, "Correct it")
+    any_size = "peak_lr", "weight_decay", "clip_norm", "eps", "plateau_patience", "balance_every"
+    fractions = "decay_fraction", "end_fraction", "b1", "b2"
+    for name in (*any_size, *fractions):
+      value = getattr(self, name)
+      if not 0 <= value < math.inf or (name in fractions and value > 1):
+        expected = "a number from 0 to 1" if name in fractions else "a number of at least 0"
+        raise bad_value(f"optim.{name}", value, expected, "Correct it")
 
 
 @dataclasses.dataclass(frozen=True)

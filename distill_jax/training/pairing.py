@@ -16,6 +16,7 @@ from distill_jax.cross_tokenizer.student_lengths import Rows, student_lengths
 from distill_jax.cross_tokenizer.tables import PairTables
 from distill_jax.data import corpus
 from distill_jax.data.tokenizers import Tokenizer
+from distill_jax.errors import InputError
 from distill_jax.models.loading import ModelSource
 from distill_jax.records.manifest import Manifest
 from distill_jax.records.multi_teacher import MultiTeacherStore
@@ -27,6 +28,28 @@ class TrainedStore(Protocol):
 
   @property
   def manifest(self) -> Manifest: ...
+
+
+def check_sizes(text: str, manifest: Manifest, named: str, teacher: ModelSource) -> None:
+  """Checks that a teacher has enough tokens and positions for a text.
+
+  Args:
+    text: The subject of the error message, e.g. "The text FOLDER".
+    manifest: The manifest of the text.
+    named: The teacher in the error message, e.g. "teacher".
+    teacher: The teacher.
+
+  Raises:
+    InputError: It has too few.
+  """
+  tokens, positions = manifest.vocab_size, manifest.seq_len
+  shape = teacher.text_config
+  if tokens > shape.vocab_size or positions > shape.max_position_embeddings:
+    raise InputError(
+      f"{text} has {tokens} tokens in sequences of {positions}, but the {named} has "
+      f"{shape.vocab_size} tokens and {shape.max_position_embeddings} positions. Pack it for this "
+      "teacher."
+    )
 
 
 def student_tokenizer(config: Config, student: ModelSource) -> Tokenizer | None:

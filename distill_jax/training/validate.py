@@ -121,7 +121,11 @@ def check_teachers(config: Config) -> None:
 
 
 def check_online(
-  config: Config, stores: Stores, online: Mapping[str, ModelSource], student: ModelSource
+  config: Config,
+  stores: Stores,
+  heldout: Stores,
+  online: Mapping[str, ModelSource],
+  student: ModelSource,
 ) -> None:
   """Raises InputError if an online teacher cannot read the data.
 
@@ -131,21 +135,24 @@ def check_online(
 
   Args:
     config: The config of the run.
-    stores: The stores that it trains on, or the held-out stores.
+    stores: The stores that it trains on.
+    heldout: The held-out stores.
     online: The online teachers, by name.
     student: The model to train.
   """
   if config.tasks:
-    opened = [store.examples for store in stores if isinstance(store, RecordedTask)]
-    examples = dict(zip(config.tasks, opened, strict=False))
     for name, teacher in online.items():
-      model_checks.check_model(examples, teacher.config)
-      model_checks.check_tokenizer(examples, student, name, teacher)
+      for split in filter(None, (stores, heldout)):
+        opened = [store.examples for store in split if isinstance(store, RecordedTask)]
+        model_checks.check_model(dict(zip(config.tasks, opened, strict=True)), teacher.config)
+      model_checks.check_tokenizer(config.tasks, student, name, teacher)
     return
+  texts = [store for store in (*stores, *heldout) if not isinstance(store, RecordedTask)]
   for name, teacher in online.items():
-    for store in stores:
+    for store in texts:
       if not (name == TEACHER and isinstance(store, AlignedStore)):
-        _check_sizes(store, name, teacher)
+        text = f"The text {store.folder}"
+        pairing.check_sizes(text, store.manifest, f"online teacher {name!r}", teacher)
   if config.data.tokenizer and not config.retarget.tokenizer:
     return
   for name, teacher in online.items():
@@ -155,7 +162,7 @@ def check_online(
       own = corpus.of_files(teacher.tokenizer, teacher.name)
     else:  # random weights
       continue
-    for store in stores:
+    for store in texts:
       is_own = store.manifest.tokenizer == own.digest
       if not is_own and not (name == TEACHER and isinstance(store, AlignedStore)):
         raise InputError(
@@ -164,18 +171,6 @@ def check_online(
           "with the tokenizer of config.teacher, or set data.tokenizer to that of the text if both "
           "models have it."
         )
-
-
-def _check_sizes(store: OneStore, name: str, teacher: ModelSource) -> None:
-  """Raises InputError if an online teacher has too few tokens or positions for a text."""
-  assert not isinstance(store, RecordedTask)
-  m, shape = store.manifest, teacher.text_config
-  if m.vocab_size > shape.vocab_size or m.seq_len > shape.max_position_embeddings:
-    raise InputError(
-      f"The text {store.folder} has {m.vocab_size} tokens in sequences of {m.seq_len}, but the "
-      f"online teacher {name!r} has {shape.vocab_size} tokens and {shape.max_position_embeddings} "
-      "positions. Pack it for this teacher."
-    )
 
 
 def check_student(student: ModelSource) -> None:

@@ -30,7 +30,7 @@ def test_compressed_files_are_read_like_others(tmp_path):
   text = b'{"a": 1}\n' * 3
   (tmp_path / "a.jsonl").write_bytes(text)
   (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
-  found = jsonl.find_files(str(tmp_path), ".jsonl")
+  found = jsonl.find_files(str(tmp_path))
   assert [name.rpartition("/")[2] for name in found] == ["a.jsonl", "b.jsonl.gz"]
   plain, packed = ([(x.raw, x.number, x.offset) for x in jsonl.read_lines(file)] for file in found)
   assert plain == packed
@@ -39,7 +39,7 @@ def test_compressed_files_are_read_like_others(tmp_path):
     assert stream.read() == text[9:]
   (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
   with pytest.raises(InputError, match=r"holds a\.jsonl and a\.jsonl\.gz\. Remove one"):
-    jsonl.find_files(str(tmp_path), ".jsonl")
+    jsonl.find_files(str(tmp_path))
 
 
 def test_a_damaged_compressed_file_is_refused(tmp_path):

@@ -3,10 +3,10 @@
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_run
 
 from distill_jax import config
 from distill_jax.commands.record import run as record
@@ -15,7 +15,6 @@ from distill_jax.models import llama
 from distill_jax.records.store import open_store
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.training import loop as training
-from distill_jax.training import stores
 from distill_jax.training.step import Fixed
 
 
@@ -143,11 +142,7 @@ def test_balancing_brings_gradient_norms_into_the_ratio_of_the_weights(tmp_path)
   c.optim.balance_every = 2
   record(config.resolve(c), tmp_path / "records")
   resolved = config.resolve(c)
-  opened = stores.open_stores(resolved)
-  step = training.make_step(resolved, opened)
-  make = jax.jit(lambda key: llama.Model(llama.TINY, key))
-  student, teacher = make(jax.random.key(0)), make(jax.random.key(1))
-  batch = jax.tree.map(jnp.asarray, next(stores.batches(resolved, opened)))
+  step, student, teacher, batch = tiny_run.step_of(resolved, llama.Model)
   state, metrics = jax.jit(step)(step.init(student), batch, {"teacher": teacher})
   norms = {}
   fixed = Fixed({"teacher": teacher}, 0, np.float32(np.sum(batch.mask_BT)))

@@ -339,11 +339,10 @@ def test_an_online_teacher_with_another_tokenizer_is_refused(c, tmp_path):
     opened = types.SimpleNamespace(tokenizer=files, source=name)
     return types.SimpleNamespace(tokenizer=files, pretrained=opened)
 
-  examples = {"parity": types.SimpleNamespace(task=config.resolve(c).tasks["parity"])}
-  student = model("student", ours)
-  model_checks.check_tokenizer(examples, student, "teacher", model("same", ours))
+  tasks, student = config.resolve(c).tasks, model("student", ours)
+  model_checks.check_tokenizer(tasks, student, "teacher", model("same", ours))
   with pytest.raises(InputError, match="but the online teacher 'teacher' has the tokenizer of"):
-    model_checks.check_tokenizer(examples, student, "teacher", model("other", other))
+    model_checks.check_tokenizer(tasks, student, "teacher", model("other", other))
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 from json_lines import read_lines
 from tiny_seq2seq_tasks import EOS, PAD, record_and_train, two_steps, write_tokenizer
 
@@ -18,7 +18,6 @@ from distill_jax.report import examples
 from distill_jax.runtime import extras
 from distill_jax.runtime.workdir import Workdir
 from distill_jax.tasks import _scores, dataset, translation
-from distill_jax.training import loop, stores
 
 
 def write_pairs(path, n=24):
@@ -96,12 +95,7 @@ def test_features_of_a_decoder_are_compared_at_its_labels(tmp_path):
     "relations": config.loss("relations", layers="1:1"),
     "relational": config.loss("relational", layers="0:0", tokens=4),
   }
-  resolved = config.resolve(c)
-  opened = stores.open_stores(resolved)
-  step = loop.make_step(resolved, opened)
-  make = jax.jit(lambda key: t5.Model(step.student_config, key))
-  student, teacher = make(jax.random.key(0)), make(jax.random.key(1))
-  batch = jax.tree.map(jnp.asarray, next(stores.batches(resolved, opened)))
+  step, student, teacher, batch = tiny_run.step_of(config.resolve(c), t5.Model)
   _, metrics = jax.jit(step)(step.init(student), batch, {"teacher": teacher})
   tapped = jax.jit(lambda m: m(batch.inputs, step.student, (0,)).taps_PBTD[0])
   s, t = (np.asarray(tapped(m), np.float64) for m in (student, teacher))

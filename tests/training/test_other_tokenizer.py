@@ -146,13 +146,13 @@ def test_a_teacher_does_not_read_tokens_of_another_tokenizer(text):
   resolved = config.resolve(c)
   aligned, models = stores.open_stores(resolved), teachers(resolved)
   student = loading.open_source(resolved.student, 0)
-  validate.check_online(resolved, aligned, models, student)
+  validate.check_online(resolved, aligned, (), models, student)
   other = MultiTeacherStore(open_store(text / "text"), {})
   other.manifest = dataclasses.replace(other.manifest, tokenizer=aligned[0].manifest.tokenizer)
   with pytest.raises(InputError, match="The online teacher 'teacher' has the tok.* but would"):
-    validate.check_online(resolved, [*aligned, other], models, student)
+    validate.check_online(resolved, aligned, [other], models, student)
   c.retarget.tokenizer, c.data.tokenizer = "", c.retarget.tokenizer
-  validate.check_online(config.resolve(c), [other], models, student)
+  validate.check_online(config.resolve(c), [other], (), models, student)
 
 
 @pytest.mark.slow
